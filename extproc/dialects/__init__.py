@@ -1,0 +1,1 @@
+"""Wire formats, sans-io: which endpoints exist, and how a body is read and changed without re-encoding it."""

@@ -1,0 +1,93 @@
+"""One HTTP exchange without I/O: the events that Envoy shows us and the actions we answer with.
+
+This is the seam between the gRPC edge (`server`) and the moments (`decide`, `adapt`): neither side of it knows the
+other's types. The surprising thing: an exchange has at most two events. Responses never come here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+MetadataValue = str | float | bool | Sequence[str]
+"""What one field of Envoy's dynamic metadata may hold here. Numbers travel as doubles."""
+
+
+class Headers:
+    """Request headers as Envoy's HTTP layer gives them: lower-case names, repeats kept, values as latin-1 text."""
+
+    __slots__ = ("_pairs",)
+
+    def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
+        self._pairs = pairs
+
+    def get(self, name: str) -> str | None:
+        """The first value of `name`, or None."""
+        for key, value in self._pairs:
+            if key == name:
+                return value
+        return None
+
+    def all(self, name: str) -> list[str]:
+        """Every value of `name`, in order of arrival."""
+        return [value for key, value in self._pairs if key == name]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHeaders:
+    """The first event. `ends` is true when no body follows."""
+
+    headers: Headers
+    ends: bool
+
+    @property
+    def method(self) -> str:
+        return self.headers.get(":method") or ""
+
+    @property
+    def path(self) -> str:
+        """Path and query, normalised once by Envoy (RFC 3986 section 6, slashes merged)."""
+        return self.headers.get(":path") or ""
+
+    @property
+    def request_id(self) -> str:
+        return self.headers.get("x-request-id") or ""
+
+
+@dataclass(frozen=True, slots=True)
+class Proceed:
+    """Let the request go on to its body; nothing is decided yet, and without a decision nothing is routed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Respond:
+    """Answer the client here. `metadata` is what the record moment will see of it."""
+
+    status: int
+    body: bytes
+    metadata: Mapping[str, MetadataValue]
+    headers: tuple[tuple[str, str], ...] = (("content-type", "application/json"),)
+    details: str = "extproc"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Send the request along `chain` (clusters, one for each attempt), with `metadata` for the later moments.
+
+    `body` is None where the client's bytes pass untouched.
+    """
+
+    chain: tuple[str, ...]
+    metadata: Mapping[str, MetadataValue]
+    set_headers: tuple[tuple[str, str], ...]
+    body: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """Give one attempt another body than the one decide left; None leaves it."""
+
+    body: bytes | None = None
+
+
+Action = Proceed | Respond | Route | Rewrite

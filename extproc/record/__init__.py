@@ -1,0 +1,1 @@
+"""The third moment: each finished request becomes usage, cost and one row of the ledger."""

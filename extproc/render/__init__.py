@@ -1,0 +1,1 @@
+"""Snapshot to Envoy configuration, typed with envoy-data-plane. Open `bootstrap` first."""

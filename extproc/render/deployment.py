@@ -1,0 +1,55 @@
+"""Where a rendered configuration will run: sockets, folders and the CA bundle. The half that gateway.yaml does not say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """`run_dir` holds sockets and secret files; `workers` is how many sidecar processes Envoy balances over.
+
+    `ca_bundle` is the file of public CA certificates that providers are checked against.
+    """
+
+    run_dir: PurePosixPath
+    ca_bundle: PurePosixPath
+    workers: int = 1
+
+    @property
+    def admin_socket(self) -> PurePosixPath:
+        return self.run_dir / "envoy-admin.sock"
+
+    @property
+    def demo_socket(self) -> PurePosixPath:
+        return self.run_dir / "demo.sock"
+
+    @property
+    def secrets_dir(self) -> PurePosixPath:
+        return self.run_dir / "secrets"
+
+    def worker_socket(self, number: int) -> PurePosixPath:
+        return self.run_dir / f"worker-{number}.sock"
+
+    def secret_file(self, provider: str) -> PurePosixPath:
+        return self.secrets_dir / f"{quote(provider, safe='')}.json"
+
+
+_KNOWN_BUNDLES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+)
+
+
+def system_ca_bundle() -> Path:
+    """The machine's bundle of public CAs, else certifi's (Macs and slim images may have none)."""
+    for name in _KNOWN_BUNDLES:
+        if Path(name).is_file():
+            return Path(name)
+    import certifi  # noqa: PLC0415  (only where the machine has no bundle)
+
+    return Path(certifi.where())

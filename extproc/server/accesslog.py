@@ -1,0 +1,137 @@
+"""The access-log service: Envoy's batches of finished requests become `Finished` values for record.
+
+At the edge, on the way out. The surprising thing: Envoy never asks for an answer, so nothing here may fail loudly. An
+entry that can not be read is logged with its request id and skipped; the stream goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from envoy.service.accesslog.v3.als_pb2 import StreamAccessLogsMessage, StreamAccessLogsResponse
+
+from extproc.catalog import Usage
+from extproc.decision import ATTEMPTS_NAMESPACE, NAMESPACE, USAGE_NAMESPACE, Decision
+from extproc.record.finished import AttemptMade, Ending, Finished
+from extproc.server.envoy import read_struct
+from extproc.server.pb.envoy_ai_pb2 import TokenUsage
+from extproc.server.transport import Metadata, Method, Replies, Session, Shape
+
+PATH = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs"
+AI_USAGE = "envoy.ai.token_usage"
+
+_log = logging.getLogger(__name__)
+
+
+def method(record: Callable[[Finished], None]) -> Method:
+    """The access-log method; `record` is called once for each entry and must not block."""
+
+    def begin(_: Metadata) -> Session:
+        return AccessLogSession(record)
+
+    return Method(PATH, Shape.CLIENT_STREAM, begin)
+
+
+class AccessLogSession:
+    """One Envoy worker thread's stream of entries."""
+
+    __slots__ = ("_record",)
+
+    def __init__(self, record: Callable[[Finished], None]) -> None:
+        self._record = record
+
+    def receive(self, message: bytes) -> Replies:
+        for entry in StreamAccessLogsMessage.FromString(message).http_logs.log_entry:
+            try:
+                self._record(finished_of(entry))
+            except Exception:
+                _log.exception("access-log entry %s was not recorded", entry.request.request_id)
+        return ()
+
+    def finish(self) -> Replies:
+        return (StreamAccessLogsResponse().SerializeToString(),)
+
+
+def finished_of(entry: Any) -> Finished:
+    """One HTTPAccessLogEntry, read."""
+    common, response = entry.common_properties, entry.response
+    spaces = common.metadata.filter_metadata
+    attempts = read_struct(spaces[ATTEMPTS_NAMESPACE]) if ATTEMPTS_NAMESPACE in spaces else {}
+    decision = Decision.from_metadata(read_struct(spaces[NAMESPACE])) if NAMESPACE in spaces else None
+    usage, whole, model = _usage(common.metadata, streamed=decision is not None and decision.stream)
+    return Finished(
+        request_id=(decision and decision.request_id) or entry.request.request_id or common.stream_id,
+        started_at=common.start_time.ToDatetime(tzinfo=UTC) if common.HasField("start_time") else datetime.now(UTC),
+        status=response.response_code.value,
+        ending=ending_of(response.response_code_details, response.response_code.value),
+        decision=decision,
+        attempts=_attempts(attempts),
+        code=str(attempts.get("code", "")),
+        usage=usage,
+        usage_whole=whole,
+        model_returned=model,
+        sent_upstream=common.HasField("time_to_last_upstream_tx_byte"),
+        first_byte_s=_seconds(common, "time_to_first_downstream_tx_byte"),
+        duration_s=_seconds(common, "duration") or _seconds(common, "time_to_last_downstream_tx_byte") or 0.0,
+        request_bytes=entry.request.request_body_bytes,
+        response_bytes=response.response_body_bytes,
+    )
+
+
+def ending_of(details: str, status: int) -> Ending:
+    """How an exchange ended, by Envoy's response code details (docs: HTTP response code details)."""
+    if details.startswith("downstream_") or "remote_reset" in details or details.startswith("http2.remote_refuse"):
+        return Ending.CLIENT_LEFT
+    if details.startswith("upstream_reset_after_response_started"):
+        return Ending.BROKEN
+    if status < 400 and ("timeout" in details or "max_duration" in details):
+        return Ending.BROKEN
+    return Ending.WHOLE
+
+
+def _attempts(fields: dict[str, Any]) -> tuple[AttemptMade, ...]:
+    made: list[AttemptMade] = []
+    for number in range(1, int(fields.get("n", 0)) + 1):
+        status = fields.get(f"s{number}")
+        made.append(AttemptMade(str(fields.get(f"p{number}", "")), int(status) if status else None))
+    return tuple(made)
+
+
+def _usage(metadata: Any, *, streamed: bool) -> tuple[Usage | None, bool, str]:
+    """Usage, whether it is whole, and the model that the provider named."""
+    typed = metadata.typed_filter_metadata
+    if AI_USAGE in typed:
+        found = TokenUsage.FromString(typed[AI_USAGE].value)
+        usage = Usage(
+            input_tokens=found.input_tokens.value,
+            output_tokens=found.output_tokens.value,
+            cached_tokens=found.input_token_details.cached_tokens.value,
+            cache_write_tokens=found.input_token_details.cache_creation_tokens.value,
+            reasoning_tokens=found.output_token_details.reasoning_tokens.value,
+        )
+        return (
+            usage,
+            found.extraction_status in (TokenUsage.COMPLETE, TokenUsage.EXTRACTION_STATUS_UNSPECIFIED),
+            found.model,
+        )
+    if USAGE_NAMESPACE in metadata.filter_metadata:
+        fields = read_struct(metadata.filter_metadata[USAGE_NAMESPACE])
+        counts = {name: int(fields[name]) for name in _COUNTS if isinstance(fields.get(name), (int, float))}
+        # json_to_metadata copies an answer that is whole; Lua says of a stream whether its last word was heard.
+        whole = bool(counts) and (not streamed or fields.get("whole") is True)
+        return (Usage(**counts) if counts else None), whole, str(fields.get("model") or "")
+    return None, False, ""
+
+
+_COUNTS = ("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens")
+
+
+def _seconds(common: Any, name: str) -> float | None:
+    if not common.HasField(name):
+        return None
+    duration = getattr(common, name)
+    seconds: float = duration.seconds + duration.nanos / 1e9
+    return seconds
