@@ -12,9 +12,10 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 import uvloop
@@ -23,6 +24,9 @@ from rich.console import Console
 from extproc.config.snapshot import Snapshot
 from extproc.config.source import format_problems, load
 
+if TYPE_CHECKING:
+    from extproc.server.supervisor import Supervisor
+
 app = typer.Typer(
     help="One AI gateway: Envoy moves the bytes, extproc decides.", no_args_is_help=True, pretty_exceptions_enable=False
 )
@@ -30,40 +34,59 @@ keys_app = typer.Typer(help="Virtual keys of gateway.yaml.", no_args_is_help=Tru
 app.add_typer(keys_app, name="keys")
 
 File = Annotated[Path, typer.Argument(help="The gateway.yaml to use.", show_default=True)]
+Workers = Annotated[int, typer.Option(min=0, help="Worker processes; 0: one for each core.", envvar="EXTPROC_WORKERS")]
+EnvoyThreads = Annotated[
+    int, typer.Option(min=0, help="Envoy's threads; 0: one for each core.", envvar="EXTPROC_ENVOY_THREADS")
+]
 _DEFAULT_FILE = Path("gateway.yaml")
 
 
 @app.command()
-def run(file: File = _DEFAULT_FILE) -> None:
-    """Start Envoy, the sidecar and all that FILE needs, and show requests as they pass."""
+def run(file: File = _DEFAULT_FILE, workers: Workers = 0, envoy_threads: EnvoyThreads = 0) -> None:
+    """Start Envoy, the sidecar and all that FILE needs; show requests as they pass. A save, or SIGHUP, reloads FILE."""
     from extproc.server.children import ChildFailedError  # noqa: PLC0415  (each command imports only what it needs)
+    from extproc.server.reload import BadConfigError, read_config  # noqa: PLC0415
     from extproc.server.screen import Screen  # noqa: PLC0415
-    from extproc.server.supervisor import Supervisor  # noqa: PLC0415
+    from extproc.server.supervisor import Size, Supervisor  # noqa: PLC0415
 
     _log_to_stderr()
-    snapshot = _load(file, require_secrets=True)
-    supervisor = Supervisor(file.absolute(), snapshot, os.environ, Screen(Console()))
     try:
-        uvloop.run(supervisor.run())
-    except ChildFailedError as error:
+        loaded = read_config(file.absolute(), os.environ)
+        size = Size(workers or _cores(), envoy_threads or _cores())
+        uvloop.run(_supervise(lambda: Supervisor(file.absolute(), loaded, os.environ, Screen(Console()), size)))
+    except (BadConfigError, ChildFailedError) as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.strerror or error} (is another gateway using its ports?)")
 
 
-@app.command(hidden=True)
-def serve(file: File, socket: Annotated[Path, typer.Option(help="Unix socket to listen on.")]) -> None:
-    """Run one worker: decide, adapt and record for the Envoy that calls its socket."""
+async def _supervise(make: Callable[[], Supervisor]) -> None:
+    await make().run()
+
+
+@app.command()
+def serve(
+    file: File,
+    copy: Annotated[Path, typer.Option(help="The copy of FILE to begin with.")],
+    run_dir: Annotated[Path, typer.Option(help="Where the workers' sockets are.")],
+    workers: Workers = 0,
+    transport: Annotated[str, typer.Option(help="ngh2 or grpc-aio.", envvar="EXTPROC_TRANSPORT")] = "ngh2",
+) -> None:
+    """Run the workers alone, for an Envoy that something else starts (`run` starts both)."""
     from extproc.config.secrets import SecretError  # noqa: PLC0415
-    from extproc.server.app import serve as serve_worker  # noqa: PLC0415
+    from extproc.server.app import TransportName  # noqa: PLC0415
+    from extproc.server.workers import run_workers  # noqa: PLC0415
     from extproc.stores.sql import StoreError  # noqa: PLC0415
 
     _log_to_stderr()
-    snapshot = _load(file, require_secrets=False)
     try:
-        uvloop.run(serve_worker(snapshot, socket, os.environ))
-    except (StoreError, SecretError) as error:
+        run_workers(file, copy, run_dir, os.environ, workers=workers or _cores(), transport=TransportName(transport))
+    except (StoreError, SecretError, ValueError) as error:
         _fail(str(error))
+
+
+def _cores() -> int:
+    return os.cpu_count() or 1
 
 
 @app.command()
@@ -97,6 +120,23 @@ def schema() -> None:
     from extproc.config.schema import json_schema  # noqa: PLC0415
 
     typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def status(file: File = _DEFAULT_FILE, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:  # noqa: FBT002
+    """Show what the gateway that runs FILE is doing: workers, configuration, providers and their last errors."""
+    from extproc.server.status import StatusUnavailableError, fetch, render_status  # noqa: PLC0415
+
+    snapshot = _load(file, require_secrets=False)
+    try:
+        found = fetch(snapshot.admin)
+    except StatusUnavailableError as error:
+        _fail(str(error))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        for each in render_status(found):
+            Console().print(each)
 
 
 @keys_app.command("hash")

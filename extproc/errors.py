@@ -115,3 +115,17 @@ def error_body(refusal: Refusal, dialect: Dialect, request_id: str) -> bytes:
     """`error_document` as the bytes of an answer."""
     document = error_document(refusal, dialect, request_id)
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+ANTHROPIC_REQUEST_ID = "request-id"
+"""Where Anthropic's SDK looks for the id of a request that failed. OpenAI's reads `x-request-id`, which Envoy adds."""
+
+
+def error_headers(dialect: Dialect, request_id: str) -> tuple[tuple[str, str], ...]:
+    """The headers of an answer that holds `error_body`."""
+    content_type = ("content-type", "application/json")
+    match dialect:
+        case Dialect.OPENAI:
+            return (content_type,)
+        case Dialect.ANTHROPIC:
+            return (content_type, (ANTHROPIC_REQUEST_ID, request_id))

@@ -14,23 +14,28 @@ MetadataValue = str | float | bool | Sequence[str]
 
 
 class Headers:
-    """Request headers as Envoy's HTTP layer gives them: lower-case names, repeats kept, values as latin-1 text."""
+    """Request headers as Envoy's HTTP layer gives them: lower-case names, values as latin-1 text, repeats kept.
 
-    __slots__ = ("_pairs",)
+    `first` maps each name to the first value that came; `repeats` holds, in order, those that came after it.
+    """
 
-    def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
-        self._pairs = pairs
+    __slots__ = ("_first", "_repeats")
+
+    def __init__(self, first: Mapping[str, bytes], repeats: Sequence[tuple[str, bytes]] = ()) -> None:
+        self._first = first
+        self._repeats = repeats
 
     def get(self, name: str) -> str | None:
         """The first value of `name`, or None."""
-        for key, value in self._pairs:
-            if key == name:
-                return value
-        return None
+        value = self._first.get(name)
+        return None if value is None else value.decode("latin-1")
 
     def all(self, name: str) -> list[str]:
         """Every value of `name`, in order of arrival."""
-        return [value for key, value in self._pairs if key == name]
+        first = self.get(name)
+        if first is None:
+            return []
+        return [first, *(value.decode("latin-1") for key, value in self._repeats if key == name)]
 
 
 @dataclass(frozen=True, slots=True)

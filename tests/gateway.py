@@ -81,7 +81,7 @@ class Gateway:
         self.url = f"http://127.0.0.1:{listen['port']}"
         self.port: int = listen["port"]
         self.admin_url = f"http://127.0.0.1:{admin['port']}"
-        self._environ = {**os.environ, "PROVIDER_KEY": PROVIDER_SECRET, **(environ or {})}
+        self._environ = {**os.environ, "PROVIDER_KEY": PROVIDER_SECRET, "EXTPROC_WORKERS": "1", **(environ or {})}
         self._log = folder / "gateway.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -136,13 +136,16 @@ class Gateway:
         return self._log.read_text(errors="replace")
 
     def workers(self) -> list[int]:
-        """Process ids of the workers: children that run `extproc serve`."""
-        return [pid for pid in self.children() if b"serve" in _command(pid)]
+        """Process ids of the workers: forks of the pool, which is a child that runs `extproc serve`."""
+        return [pid for pool in self.pools() for pid in _children(pool)]
+
+    def pools(self) -> list[int]:
+        """Process ids of the workers' parents; there is one."""
+        return [pid for pid in self.children() if b"serve" in _command(pid).split(b"\0")]
 
     def children(self) -> list[int]:
-        """Process ids of all that it started (Envoy, workers, the demo provider)."""
-        listed = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return [int(pid) for pid in listed]
+        """Process ids of all that it started itself (Envoy, the pool, the demo provider)."""
+        return _children(self.pid)
 
     def rows(self, where: str = "1=1") -> list[dict[str, Any]]:
         """The ledger's rows (SQLite), oldest first."""
@@ -154,6 +157,13 @@ class Gateway:
         """The ledger's rows, once there are `count` of them."""
         wait_for(lambda: len(self.rows(where)) >= count, timeout_s, f"{count} rows of the ledger")
         return self.rows(where)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def _command(pid: int) -> bytes:

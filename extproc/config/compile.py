@@ -102,6 +102,7 @@ def _model(name: str, entry: schema.Model, present: frozenset[str]) -> snap.Mode
         name=name,
         targets=tuple(sorted(targets, key=lambda target: target.priority)),  # stable: the file's order within one
         timeouts=None if timeouts is None else snap.TimeoutOverrides(timeouts.first_byte_s, timeouts.stream_idle_s),
+        order=entry.order,
     )
 
 

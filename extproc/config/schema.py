@@ -8,7 +8,7 @@ budget that is accepted and not enforced would fail open.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -120,6 +120,11 @@ class Model(_Part):
 
     targets: tuple[Target, ...] = Field(strict=False, min_length=1, description="Where it is served.")
     timeouts: TimeoutOverrides | None = Field(default=None, description="How long to wait for this model.")
+    order: Literal["weight", "latency", "cost"] = Field(
+        default="weight",
+        description="Which target of one priority comes first: drawn by weight, the one that answered first lately, or "
+        "the one whose price is lowest.",
+    )
 
 
 class Price(_Part):

@@ -15,8 +15,8 @@ from pathlib import Path
 from re import Pattern, compile
 from typing import Literal
 
-from extproc.catalog import PriceBook
-from extproc.providers.kinds import ProviderKind
+from extproc.catalog import PriceBook, Vendor
+from extproc.providers.kinds import KINDS, ProviderKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,13 @@ class Provider:
     timeouts: Timeouts
     stream_usage: bool
 
+    @property
+    def vendor(self) -> Vendor | None:
+        """Whose list prices hold: the vendor's, where the provider is the vendor's own service."""
+        kind = KINDS[self.kind]
+        own = self.endpoint is not None and self.endpoint.host == kind.vendor_host
+        return kind.vendor if own else None
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -103,6 +110,10 @@ class Target:
     weight: int
 
 
+Order = Literal["weight", "latency", "cost"]
+"""How targets of one priority are ordered."""
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """An entry of `models:`. `name` is an alias or a glob; targets stand in order of priority, then of the file."""
@@ -110,6 +121,7 @@ class Model:
     name: str
     targets: tuple[Target, ...]
     timeouts: TimeoutOverrides | None
+    order: Order = "weight"
 
     def timeouts_at(self, provider: Provider) -> Timeouts:
         """How long to wait for this model at `provider`: field by field the model's, the provider's, the global one."""

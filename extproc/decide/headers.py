@@ -28,7 +28,7 @@ def refusal(event: RequestHeaders, endpoint: Endpoint, max_body_bytes: int) -> R
     headers = event.headers
     declared = headers.get("content-length")
     if declared is not None and (not declared.isdecimal() or int(declared[:20]) > max_body_bytes):
-        return Refusal(Code.BODY_TOO_LARGE, f"The body may have at most {max_body_bytes} bytes.")
+        return too_large(max_body_bytes)
     encodings = [encoding for value in headers.all("content-encoding") for encoding in value.split(",")]
     if any(encoding.strip().lower() not in ("", "identity") for encoding in encodings):
         return Refusal(Code.UNSUPPORTED_CONTENT_ENCODING, "Compressed bodies are not read here; send it plain.")
@@ -36,6 +36,11 @@ def refusal(event: RequestHeaders, endpoint: Endpoint, max_body_bytes: int) -> R
     if len(types) > 1:
         return Refusal(Code.UNSUPPORTED_CONTENT_TYPE, "The request has more than one content type.")
     return _content_type_refusal(types[0] if types else "", endpoint, ends=event.ends)
+
+
+def too_large(max_body_bytes: int) -> Refusal:
+    """Also for a body that came without a length: Envoy reads up to a whole buffer beyond a limit that is smaller."""
+    return Refusal(Code.BODY_TOO_LARGE, f"The body may have at most {max_body_bytes} bytes.")
 
 
 def _content_type_refusal(content_type: str, endpoint: Endpoint, *, ends: bool) -> Refusal | None:

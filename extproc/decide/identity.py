@@ -6,6 +6,8 @@ refused rather than ranked, because whichever of them lost would have been a way
 
 from __future__ import annotations
 
+import re
+
 from extproc.config.snapshot import Key, Snapshot
 from extproc.errors import Code, Refusal
 from extproc.exchange import Headers
@@ -14,6 +16,8 @@ _MISSING = Refusal(
     Code.MISSING_KEY, "No API key was sent. Send it as 'Authorization: Bearer <key>' or as 'x-api-key: <key>'."
 )
 _INVALID = Refusal(Code.INVALID_KEY, "The API key is not valid.")
+_JOINED = re.compile(r",[ \t]*[a-z]+ ", re.IGNORECASE)
+"""Envoy joins repeated Authorization headers with a comma; no key holds one with a scheme and a space behind it."""
 _CONFLICT = Refusal(Code.CONFLICTING_CREDENTIALS, "The request carries more than one credential; send exactly one.")
 
 
@@ -22,17 +26,21 @@ def identify(headers: Headers, snapshot: Snapshot) -> Key | Refusal:
     credential = _credential(headers)
     if isinstance(credential, Refusal):
         return credential
-    return snapshot.key_for(credential) or _INVALID
+    # Header values come as Latin-1 text; the digest is of the bytes that were sent.
+    sent = credential.encode("latin-1").decode("utf-8", "surrogateescape")
+    return snapshot.key_for(sent) or _INVALID
 
 
 def _credential(headers: Headers) -> str | Refusal:
-    bearers, keys = headers.all("authorization"), headers.all("x-api-key")
-    if len(bearers) > 1 or len(keys) > 1:
+    """The one credential. An empty header carries none."""
+    bearers = [value for value in headers.all("authorization") if value]
+    keys = [value for value in headers.all("x-api-key") if value]
+    if len(bearers) > 1 or len(keys) > 1 or (bearers and _JOINED.search(bearers[0])):
         return _CONFLICT
     if not bearers:
         return keys[0] if keys else _MISSING
     scheme, _, token = bearers[0].partition(" ")
+    token = token.strip(" ")
     if scheme.lower() != "bearer" or not token:
         return _INVALID
-    token = token.strip(" ")
     return token if not keys or keys[0] == token else _CONFLICT

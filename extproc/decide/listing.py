@@ -38,4 +38,5 @@ def _entry(name: str, dialect: Dialect) -> dict[str, object]:
         case Dialect.OPENAI:
             return {"id": name, "object": "model", "created": _CREATED, "owned_by": "extproc"}
         case Dialect.ANTHROPIC:
-            return {"type": "model", "id": name, "display_name": name, "created_at": _CREATED_AT}
+            head = {"type": "model", "id": name, "display_name": name}
+            return {**head, "created_at": _CREATED_AT, "lifecycle": "active"}

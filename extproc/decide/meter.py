@@ -14,6 +14,8 @@ from extproc.decide.tokens import COUNTED, TokenCounter
 from extproc.dialects.endpoints import Endpoint
 
 ENOUGH_SAMPLES = 5
+_DECODE = msgspec.json.Decoder(float_hook=float).decode
+"""1e999 is legal JSON; msgspec alone refuses it."""
 GOOD_ERROR = 0.25
 """An estimate is taken once it has come from this many requests and was off by no more than this."""
 
@@ -34,7 +36,7 @@ class Meter:
         estimate = self._ratios.estimate(key_id, model, text_bytes)
         if not pictures and estimate.samples >= ENOUGH_SAMPLES and estimate.relative_error <= GOOD_ERROR:
             return InputTokens(estimate.tokens, exact=False, text_bytes=text_bytes)
-        count = await self._counter.count(endpoint.name, msgspec.json.decode(body), model, text_bytes=text_bytes)
+        count = await self._counter.count(endpoint.name, _DECODE(body), model, text_bytes=text_bytes)
         taught = 0 if pictures else text_bytes
         if count is None:
             return InputTokens(estimate.tokens, exact=False, text_bytes=taught)

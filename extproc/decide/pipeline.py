@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 from typing import Protocol
+from urllib.parse import unquote
 
 from extproc.config.snapshot import Key, Model, Snapshot
 from extproc.decide import headers as headers_policy
@@ -19,7 +20,7 @@ from extproc.decision import Decision
 from extproc.dialects import endpoints
 from extproc.dialects.body import splice
 from extproc.dialects.endpoints import Endpoint, Miss, Naming
-from extproc.errors import Code, Dialect, Refusal, error_body
+from extproc.errors import Code, Dialect, Refusal, error_body, error_headers
 from extproc.exchange import RequestHeaders, Respond, Route
 
 
@@ -56,6 +57,7 @@ class Decider:
     snapshot: Snapshot
     meter: TokenMeter
     draw: Random
+    health: routing.Health = routing.NothingKnown()  # noqa: RUF009  (immutable)
 
     def admit(self, event: RequestHeaders) -> Admitted | Respond:
         """Headers: identity, endpoint, content type, declared length; and the answers that need no provider."""
@@ -77,6 +79,9 @@ class Decider:
 
     async def decide(self, admitted: Admitted, body: bytes) -> Route | Respond:
         """Body: what it names, whether the key may, who serves it, how large it is."""
+        max_body_bytes = self.snapshot.listen.max_body_bytes
+        if len(body) > max_body_bytes:
+            return self._refuse(headers_policy.too_large(max_body_bytes), admitted)
         reading = read(body, admitted.endpoint, admitted.content_type)
         if isinstance(reading, Refusal):
             return self._refuse(reading, admitted)
@@ -85,7 +90,7 @@ class Decider:
         model = self._permitted(admitted.key, reading.model)
         if isinstance(model, Refusal):
             return self._refuse(model, admitted, reading)
-        attempts = routing.attempts(model, reading.model, admitted.endpoint, self.snapshot, self.draw)
+        attempts = routing.attempts(model, reading.model, admitted.endpoint, self.snapshot, self.draw, self.health)
         if not attempts:
             return self._refuse(_unspoken(reading.model, admitted.endpoint), admitted, reading)
         return await self._route(admitted, reading, model, attempts)
@@ -141,6 +146,7 @@ class Decider:
             input_tokens=size.tokens,
             input_exact=size.exact,
             text_bytes=size.text_bytes,
+            revision=self.snapshot.revision,
         )
         return Route(
             chain=tuple(routing.cluster_of(attempt, first.model) for attempt in attempts),
@@ -151,7 +157,7 @@ class Decider:
 
     def _list_models(self, key: Key, dialect: Dialect, event: RequestHeaders, path: str) -> Respond:
         names = self.snapshot.model_names_for(key)
-        asked = path.removeprefix("/v1/models").removeprefix("/")
+        asked = unquote(path.removeprefix("/v1/models").removeprefix("/"))
         body = listing.one(asked, names, dialect) if asked else listing.every(names, dialect)
         if body is None:
             refusal = Refusal(Code.MODEL_NOT_FOUND, f"The model {_quoted(asked)} does not exist.", "model")
@@ -192,6 +198,7 @@ def _refuse(
         refusal.status,
         error_body(refusal, dialect, request_id),
         _metadata(dialect, key, endpoint, refusal.code.value, alias),
+        error_headers(dialect, request_id),
         details=f"extproc:{refusal.code.value}",
     )
 

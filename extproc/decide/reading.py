@@ -36,15 +36,17 @@ def read(body: bytes, endpoint: Endpoint, content_type: str) -> Reading | Refusa
         case Body.NONE:
             return Reading(body, None, stream=False, form=None)
         case Body.ANY:
-            if not body:
-                return Reading(body, None, stream=False, form=None)
-            if boundary_of(content_type) is not None:
-                return _unnamed(_read_multipart(body, endpoint, content_type))
-            if is_json(content_type):
-                return _unnamed(_read_json(body, endpoint))
-            return Refusal(
-                Code.UNSUPPORTED_CONTENT_TYPE, "This endpoint takes application/json or multipart/form-data."
-            )
+            return _read_any(body, endpoint, content_type)
+
+
+def _read_any(body: bytes, endpoint: Endpoint, content_type: str) -> Reading | Refusal:
+    if not body:
+        return Reading(body, None, stream=False, form=None)
+    if boundary_of(content_type) is not None:
+        return _unnamed(_read_multipart(body, endpoint, content_type))
+    if is_json(content_type):
+        return _unnamed(_read_json(body, endpoint))
+    return Refusal(Code.UNSUPPORTED_CONTENT_TYPE, "This endpoint takes application/json or multipart/form-data.")
 
 
 def _unnamed(reading: Reading | Refusal) -> Reading | Refusal:

@@ -13,11 +13,13 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from aiohttp import web
 
+from extproc import lifeline
 from extproc.demo import anthropic, chat, completions, embeddings, responses
 from extproc.demo.answers import answer, prompt_tokens
 from extproc.demo.schema import UnsatisfiableError
@@ -113,11 +115,12 @@ class Demo:
         headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
         response = web.StreamResponse(headers=headers)
         await response.prepare(request)
-        for event in events:
-            await response.write(event)
-            if self.token_delay_s:
-                await asyncio.sleep(self.token_delay_s)
-        await response.write_eof()
+        with suppress(ConnectionError):  # the client hung up: nothing is left to say, and to no one
+            for event in events:
+                await response.write(event)
+                if self.token_delay_s:
+                    await asyncio.sleep(self.token_delay_s)
+            await response.write_eof()
         return response
 
 
@@ -204,6 +207,8 @@ async def _until_signalled(options: argparse.Namespace) -> None:
     stop = asyncio.Event()
     for wanted in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(wanted, stop.set)
+    if options.until_stdin_ends:
+        lifeline.watch(stop.set)
     runner = await serve_demo(
         unix_socket=options.socket, host=options.host, port=options.port, token_delay_s=options.token_delay_ms / 1000
     )
@@ -223,4 +228,7 @@ def main() -> None:
     where.add_argument("--port", type=int, default=0, help="TCP port to listen on")
     parser.add_argument("--host", default="127.0.0.1", help="address for --port")
     parser.add_argument("--token-delay-ms", type=float, default=5.0, help="pause between two events of a stream")
+    parser.add_argument(
+        "--until-stdin-ends", action="store_true", help="end with the process that holds standard input"
+    )
     asyncio.run(_until_signalled(parser.parse_args()))

@@ -153,14 +153,16 @@ def _is(raw: bytes, expected: str) -> bool:
 
 
 JUDGED = frozenset(
-    ("model", "stream", "stream_options", "messages", "input", "prompt", "tools")
-    + ("max_tokens", "max_completion_tokens", "max_output_tokens", "n", "system", "instructions")
+    (
+        *("model", "stream", "stream_options", "messages", "input", "prompt", "tools"),
+        *("max_tokens", "max_completion_tokens", "max_output_tokens", "n", "system", "instructions"),
+    )
 )
 """Names that decide reads. A server that folds case would read `MODEL` as `model`: such twins are refused."""
 
 
 def case_variant(body: JsonBody) -> Refusal | None:
-    """The refusal for a key that only a case-folding server would take for one that was judged (GHSA-4gph-2hhr-5mwg)."""
+    """The refusal for a key that a case-folding server would take for one that was judged (GHSA-4gph-2hhr-5mwg)."""
     for key in body:
         if key not in JUDGED and _fold(key) in JUDGED:
             return Refusal(Code.DUPLICATE_KEY, f"'{_fold(key)}' must be spelled in lower case.", _fold(key))

@@ -6,8 +6,10 @@ does not exist. Passing unknown paths on would let a new provider endpoint bypas
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from enum import Enum, auto
+from urllib.parse import unquote
 
 from extproc.errors import Dialect
 
@@ -161,10 +163,15 @@ _POSTS: dict[str, Endpoint] = {
 }
 
 _PASS_THROUGH_FAMILIES = frozenset(
-    ("assistants", "batches", "containers", "conversations", "evals", "files", "fine_tuning", "responses", "threads")
-    + ("uploads", "vector_stores", "videos")
+    (
+        *("assistants", "batches", "containers", "conversations", "evals", "files", "fine_tuning"),
+        *("responses", "threads", "uploads", "vector_stores", "videos"),
+    )
 )
 """First segments under /v1 whose stored objects belong to one provider, because their ids mean nothing to another."""
+
+_ONE_READING = re.compile(r"(?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9\-._~!$&'()*+,=:@]+)+")
+"""Decoded paths that every server takes apart alike: no `;`, no second layer of `%`, no empty or dot segment."""
 
 _METHODS = frozenset(("GET", "POST", "DELETE", "PUT", "PATCH", "HEAD"))
 
@@ -196,9 +203,10 @@ def find(method: str, path: str) -> Endpoint | Miss:
 
 
 def _pass_through(path: str) -> Endpoint | None:
+    """The family of a path that goes upstream as it is, and so must not read as another one there."""
+    if not _ONE_READING.fullmatch(unquote(path) if "%" in path else path):
+        return None
     match path.split("/"):
-        case [*_, ""]:  # "/v1/responses/" would be a second name of "/v1/responses", judged by other rules
-            return None
         case ["", "v1", "messages", *below]:
             return _ANTHROPIC_PASS_THROUGH if below[:1] == ["batches"] else None
         case ["", "v1", "chat", *below]:

@@ -12,13 +12,13 @@ from extproc.dialects.multipart import MultipartModel
 
 
 def model_edits(form: JsonBody | MultipartModel | None, named: str | None, model: str) -> list[Edit]:
-    """The edit that puts `model` where the body names another, or none."""
+    """The edits that put `model` where the body names another, or none."""
     if named is None or named == model:
         return []
     match form:
         case JsonBody():
             return [form.replace("model", msgspec.json.encode(model))]
         case MultipartModel():
-            return [form.replace(model)]
+            return form.replace(model)
         case None:
             return []

@@ -21,10 +21,12 @@ class Ending(Enum):
 
 @dataclass(frozen=True, slots=True)
 class AttemptMade:
-    """One attempt: the provider's name, and the status it answered with (None: none came)."""
+    """One attempt: the provider's name, the status it answered with (None: none came), and how long it asked to be
+    left alone."""
 
     provider: str
     status: int | None
+    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

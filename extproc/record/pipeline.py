@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from extproc.catalog import Cost, Usage, Vendor
+from extproc.catalog import Cost, Usage
 from extproc.config.snapshot import Provider, Snapshot
 from extproc.decision import Decision
 from extproc.errors import Code
-from extproc.providers.kinds import KINDS
 from extproc.record.finished import Ending, Finished
 from extproc.record.ledger import LedgerRow, Outcome
 
@@ -106,8 +105,8 @@ def _usage(finished: Finished, outcome: Outcome, model: str, ratios: Ratios) -> 
     decision = finished.decision
     if decision is None or decision.endpoint in _FREE or outcome in (Outcome.REFUSED, Outcome.FAILED):
         return None, False
-    if finished.usage is not None and finished.usage_whole and outcome is Outcome.OK:
-        return finished.usage, False
+    if finished.usage is not None and finished.usage_whole:
+        return finished.usage, False  # also where the stream broke behind its last word
     if decision.endpoint not in CHARGED_BY_TOKEN:
         return finished.usage, finished.usage is not None
     if not finished.sent_upstream:
@@ -160,21 +159,13 @@ def _cost(finished: Finished, usage: Usage, provider: Provider | None, asked: st
             kind=provider.kind,
             model=model,
             at=finished.started_at,
-            vendor=vendor_of(provider),
+            vendor=provider.vendor,
         )
         if cost.source == "override":
             return cost
         if cost.amount_nusd is not None or best is None:
             best = cost
     return best
-
-
-def vendor_of(provider: Provider) -> Vendor | None:
-    """Whose list prices hold: the vendor's, where the provider is the vendor's own service."""
-    kind = KINDS[provider.kind]
-    if provider.endpoint is None or provider.endpoint.host != kind.vendor_host:
-        return None
-    return kind.vendor
 
 
 def _known(text: str) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from betterproto2 import Casing
+from betterproto2 import Casing, Message
 from envoy_data_plane.envoy.config.bootstrap.v3 import Admin, Bootstrap, BootstrapStaticResources
 from envoy_data_plane.envoy.config.core.v3 import Address, DataSource, Node, Pipe
 from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import GenericSecret, Secret
@@ -28,13 +28,28 @@ _OWNER_ONLY = 0o600
 def render(snapshot: Snapshot, deployment: Deployment) -> str:
     """Envoy's bootstrap as JSON, the same for the same input."""
     bootstrap = Bootstrap(
-        node=Node(id="gateway", cluster="extproc"),
-        admin=Admin(address=Address(pipe=Pipe(path=str(deployment.admin_socket), mode=_OWNER_ONLY))),
+        node=node(),
+        admin=admin(deployment),
         static_resources=BootstrapStaticResources(
             listeners=[listener(snapshot)], clusters=clusters(snapshot, deployment)
         ),
     )
-    return json.dumps(_plain(bootstrap.to_dict(casing=Casing.SNAKE)), indent=2, ensure_ascii=False) + "\n"
+    return as_json(bootstrap)
+
+
+def node() -> Node:
+    """Who Envoy says it is."""
+    return Node(id="gateway", cluster="extproc")
+
+
+def admin(deployment: Deployment) -> Admin:
+    """Envoy's admin pages on a socket that is its owner's alone: they can stop it and show what it is configured with."""
+    return Admin(address=Address(pipe=Pipe(path=str(deployment.admin_socket), mode=_OWNER_ONLY)))
+
+
+def as_json(message: Message) -> str:
+    """A message as Envoy reads it from a file."""
+    return json.dumps(_plain(message.to_dict(casing=Casing.SNAKE)), indent=2, ensure_ascii=False) + "\n"
 
 
 def _plain(value: object) -> object:

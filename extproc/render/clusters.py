@@ -36,6 +36,7 @@ from envoy_data_plane.envoy.config.core.v3 import (
     SocketAddress,
     TransportSocket,
     TypedExtensionConfig,
+    WatchedDirectory,
 )
 from envoy_data_plane.envoy.config.core.v3 import (
     HttpProtocolOptions as CommonHttpProtocolOptions,
@@ -315,7 +316,9 @@ def _adapt(provider: Provider) -> HttpFilter:
 
 
 def _credential(provider: Provider, deployment: Deployment) -> HttpFilter:
-    source = ConfigSource(path_config_source=PathConfigSource(path=str(deployment.secret_file(provider.name))))
+    directory = WatchedDirectory(path=str(deployment.secrets_dir))
+    path = str(deployment.secret_file(provider.name))
+    source = ConfigSource(path_config_source=PathConfigSource(path=path, watched_directory=directory))
     generic = Generic(
         credential=SdsSecretConfig(name=provider.name, sds_config=source),
         header=KINDS[provider.kind].credential_header,

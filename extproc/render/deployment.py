@@ -23,6 +23,28 @@ class Deployment:
         return self.run_dir / "envoy-admin.sock"
 
     @property
+    def board(self) -> PurePosixPath:
+        """The memory that all of a gateway's processes share."""
+        return self.run_dir / "board"
+
+    @property
+    def config_dir(self) -> PurePosixPath:
+        """Envoy watches this folder; nothing else is written there, so that a change means a change."""
+        return self.run_dir / "envoy"
+
+    @property
+    def clusters_file(self) -> PurePosixPath:
+        return self.config_dir / "clusters.json"
+
+    @property
+    def routes_file(self) -> PurePosixPath:
+        return self.config_dir / "routes.json"
+
+    @property
+    def listeners_file(self) -> PurePosixPath:
+        return self.config_dir / "listeners.json"
+
+    @property
     def demo_socket(self) -> PurePosixPath:
         return self.run_dir / "demo.sock"
 

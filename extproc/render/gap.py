@@ -11,9 +11,10 @@ from __future__ import annotations
 import betterproto2
 from envoy_data_plane.google.protobuf import UInt32Value
 from envoy_data_plane.message_pool import default_message_pool
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-_STRICT = {"extra": "forbid"}
+_STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(eq=False, repr=False, config=_STRICT)

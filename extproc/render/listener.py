@@ -17,6 +17,7 @@ from envoy_data_plane.envoy.config.common.mutation_rules.v3 import (
 from envoy_data_plane.envoy.config.core.v3 import (
     Address,
     ApiVersion,
+    ConfigSource,
     DataSource,
     HttpProtocolOptions,
     HttpProtocolOptionsHeadersWithUnderscoresAction,
@@ -41,6 +42,7 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
     HttpConnectionManagerServerHeaderTransformation,
     HttpFilter,
     LocalReplyConfig,
+    Rds,
 )
 from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 import (
     HeaderMutation as EarlyHeaderMutation,
@@ -52,8 +54,9 @@ from envoy_data_plane.google.protobuf import Any
 from extproc.config.snapshot import Snapshot
 from extproc.decision import NAMESPACE, ROUTE_NAMESPACE
 from extproc.render.clusters import script, sidecar_service
-from extproc.render.local_replies import local_replies
-from extproc.render.routes import route_configuration
+from extproc.render.local_replies import REQUEST_ID, local_replies
+from extproc.render.mended import mended
+from extproc.render.routes import ROUTES, route_configuration
 from extproc.render.usage import usage_filters
 
 _CONNECTION_BUFFER_BYTES = 1 << 20
@@ -61,11 +64,14 @@ _DECIDE_TIMEOUT_S = 5.0
 _REQUEST_HEADERS_TIMEOUT_S = 30.0
 
 
-def listener(snapshot: Snapshot) -> Listener:
-    """The one listener that clients call."""
+def listener(snapshot: Snapshot, *, routes_from: ConfigSource | None = None) -> Listener:
+    """The one listener that clients call; its routes stand in it, or where `routes_from` says."""
+    routes = None if routes_from else route_configuration(snapshot)
+    source = Rds(route_config_name=ROUTES, config_source=routes_from) if routes_from else None
     connections = HttpConnectionManager(
         stat_prefix="gateway",
-        route_config=route_configuration(snapshot),
+        route_config=routes,
+        rds=source,
         http_filters=_filters(),
         access_log=[_record()],
         local_reply_config=LocalReplyConfig(mappers=local_replies()),
@@ -105,7 +111,7 @@ def _drop_internal_headers() -> TypedExtensionConfig:
         HeaderMutation(remove_on_match=HeaderMutationRemoveOnMatch(key_matcher=StringMatcher(prefix=prefix)))
         for prefix in ("x-extproc-", "x-envoy-", "x-forwarded-")
     ]
-    mutations.append(HeaderMutation(remove="x-request-id"))
+    mutations.append(HeaderMutation(remove=REQUEST_ID))
     return TypedExtensionConfig(
         name="drop-internal-headers", typed_config=Any.pack(EarlyHeaderMutation(mutations=mutations))
     )
@@ -115,6 +121,7 @@ def _filters() -> list[HttpFilter]:
     """Requests run down this list, responses up it: usage is read before the usage event is hidden."""
     answer = Lua(default_source_code=DataSource(inline_string=script("answer.lua")))
     return [
+        mended(),
         HttpFilter(name="answer", typed_config=Any.pack(answer)),
         *usage_filters(),
         HttpFilter(name="decide", typed_config=Any.pack(_decide())),
@@ -151,7 +158,8 @@ def _record() -> AccessLog:
                     transport_api_version=ApiVersion.V3,
                     grpc_service=sidecar_service(),
                     buffer_flush_interval=timedelta(seconds=0.1),
-                )
+                ),
+                additional_response_headers_to_log=[REQUEST_ID],  # the only one that a request Envoy refused may have
             )
         ),
     )

@@ -16,6 +16,7 @@ from envoy_data_plane.envoy.extensions.filters.http.json_to_metadata.v3 import (
     JsonToMetadataSelector,
 )
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
+from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher
 from envoy_data_plane.google.protobuf import Any
 
 from extproc.decision import USAGE_NAMESPACE
@@ -36,11 +37,14 @@ def usage_filters() -> list[HttpFilter]:
     ]
 
 
+_JSON = RegexMatcher(regex=r"(?i)application/json *(;.*)?")
 _USAGE_FIELDS = (
     ("usage.prompt_tokens", "input_tokens"),
     ("usage.input_tokens", "input_tokens"),
     ("usage.completion_tokens", "output_tokens"),
     ("usage.output_tokens", "output_tokens"),
+    ("usage.prompt_tokens_details.cached_tokens", "cached_tokens"),
+    ("usage.completion_tokens_details.reasoning_tokens", "reasoning_tokens"),
     ("model", "model"),
 )
 
@@ -58,6 +62,6 @@ def _usage_rules() -> list[JsonToMetadataRule]:
 def _json_usage() -> JsonToMetadata:
     return JsonToMetadata(
         response_rules=JsonToMetadataMatchRules(
-            rules=_usage_rules(), allow_content_types=["application/json", "application/json; charset=utf-8"]
+            rules=_usage_rules(), allow_content_types_regex=_JSON
         )
     )

@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
+from uuid import uuid4
 
 from envoy.service.accesslog.v3.als_pb2 import StreamAccessLogsMessage, StreamAccessLogsResponse
 
 from extproc.catalog import Usage
-from extproc.decision import ATTEMPTS_NAMESPACE, NAMESPACE, USAGE_NAMESPACE, Decision
+from extproc.decision import ATTEMPTS_NAMESPACE, NAMESPACE, USAGE_NAMESPACE
 from extproc.record.finished import AttemptMade, Ending, Finished
-from extproc.server.envoy import read_struct
+from extproc.server.envoy import read_decision, read_struct
 from extproc.server.pb.envoy_ai_pb2 import TokenUsage
 from extproc.server.transport import Metadata, Method, Replies, Session, Shape
 
@@ -39,6 +41,7 @@ class AccessLogSession:
     """One Envoy worker thread's stream of entries."""
 
     __slots__ = ("_record",)
+    done = False
 
     def __init__(self, record: Callable[[Finished], None]) -> None:
         self._record = record
@@ -60,10 +63,10 @@ def finished_of(entry: Any) -> Finished:
     common, response = entry.common_properties, entry.response
     spaces = common.metadata.filter_metadata
     attempts = read_struct(spaces[ATTEMPTS_NAMESPACE]) if ATTEMPTS_NAMESPACE in spaces else {}
-    decision = Decision.from_metadata(read_struct(spaces[NAMESPACE])) if NAMESPACE in spaces else None
+    decision = read_decision(spaces[NAMESPACE]) if NAMESPACE in spaces else None
     usage, whole, model = _usage(common.metadata, streamed=decision is not None and decision.stream)
     return Finished(
-        request_id=(decision and decision.request_id) or entry.request.request_id or common.stream_id,
+        request_id=(decision and decision.request_id) or _request_id(entry),
         started_at=common.start_time.ToDatetime(tzinfo=UTC) if common.HasField("start_time") else datetime.now(UTC),
         status=response.response_code.value,
         ending=ending_of(response.response_code_details, response.response_code.value),
@@ -81,6 +84,12 @@ def finished_of(entry: Any) -> Finished:
     )
 
 
+def _request_id(entry: Any) -> str:
+    """Envoy's id; else the one its own refusal told the client; else, where no one was answered, a new one."""
+    answered = entry.response.response_headers
+    return entry.request.request_id or entry.common_properties.stream_id or answered.get("x-request-id") or str(uuid4())
+
+
 def ending_of(details: str, status: int) -> Ending:
     """How an exchange ended, by Envoy's response code details (docs: HTTP response code details)."""
     if details.startswith("downstream_") or "remote_reset" in details or details.startswith("http2.remote_refuse"):
@@ -96,34 +105,61 @@ def _attempts(fields: dict[str, Any]) -> tuple[AttemptMade, ...]:
     made: list[AttemptMade] = []
     for number in range(1, int(fields.get("n", 0)) + 1):
         status = fields.get(f"s{number}")
-        made.append(AttemptMade(str(fields.get(f"p{number}", "")), int(status) if status else None))
+        wait_s = _retry_after_s(str(fields.get(f"r{number}", "")))
+        made.append(AttemptMade(str(fields.get(f"p{number}", "")), int(status) if status else None, wait_s))
     return tuple(made)
 
 
+def _retry_after_s(text: str) -> float | None:
+    """Seconds from now of a Retry-After (RFC 9110 section 10.2.3: seconds, or a date); None for anything else."""
+    if text.isdecimal():
+        return float(text[:6])
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+
+
 def _usage(metadata: Any, *, streamed: bool) -> tuple[Usage | None, bool, str]:
-    """Usage, whether it is whole, and the model that the provider named."""
-    typed = metadata.typed_filter_metadata
-    if AI_USAGE in typed:
-        found = TokenUsage.FromString(typed[AI_USAGE].value)
-        usage = Usage(
-            input_tokens=found.input_tokens.value,
-            output_tokens=found.output_tokens.value,
-            cached_tokens=found.input_token_details.cached_tokens.value,
-            cache_write_tokens=found.input_token_details.cache_creation_tokens.value,
-            reasoning_tokens=found.output_token_details.reasoning_tokens.value,
-        )
-        return (
-            usage,
-            found.extraction_status in (TokenUsage.COMPLETE, TokenUsage.EXTRACTION_STATUS_UNSPECIFIED),
-            found.model,
-        )
-    if USAGE_NAMESPACE in metadata.filter_metadata:
-        fields = read_struct(metadata.filter_metadata[USAGE_NAMESPACE])
-        counts = {name: int(fields[name]) for name in _COUNTS if isinstance(fields.get(name), (int, float))}
-        # json_to_metadata copies an answer that is whole; Lua says of a stream whether its last word was heard.
-        whole = bool(counts) and (not streamed or fields.get("whole") is True)
-        return (Usage(**counts) if counts else None), whole, str(fields.get("model") or "")
-    return None, False, ""
+    """Usage, whether it is whole, and the model that the provider named.
+
+    What Envoy's AI filter publishes at a clean end comes first; what the other filters noted holds where it heard less.
+    """
+    published = _published(metadata.typed_filter_metadata)
+    if published is not None and published[1]:
+        return published
+    noted = _noted(metadata.filter_metadata, streamed=streamed)
+    return noted or published or (None, False, "")
+
+
+def _published(typed: Any) -> tuple[Usage, bool, str] | None:
+    if AI_USAGE not in typed:
+        return None
+    found = TokenUsage.FromString(typed[AI_USAGE].value)
+    if not (found.HasField("input_tokens") or found.HasField("output_tokens")):
+        return None
+    usage = Usage(
+        input_tokens=found.input_tokens.value,
+        output_tokens=found.output_tokens.value,
+        cached_tokens=found.input_token_details.cached_tokens.value,
+        cache_write_tokens=found.input_token_details.cache_creation_tokens.value,
+        reasoning_tokens=found.output_token_details.reasoning_tokens.value,
+    )
+    whole = found.extraction_status in (TokenUsage.COMPLETE, TokenUsage.EXTRACTION_STATUS_UNSPECIFIED)
+    return usage, whole, found.model
+
+
+def _noted(spaces: Any, *, streamed: bool) -> tuple[Usage | None, bool, str] | None:
+    if USAGE_NAMESPACE not in spaces:
+        return None
+    fields = read_struct(spaces[USAGE_NAMESPACE])
+    counts = {name: int(fields[name]) for name in _COUNTS if isinstance(fields.get(name), (int, float))}
+    # json_to_metadata copies an answer that is whole; Lua says of a stream whether its last word was heard.
+    whole = bool(counts) and (not streamed or fields.get("whole") is True)
+    return (Usage(**counts) if counts else None), whole, str(fields.get("model") or "")
 
 
 _COUNTS = ("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens")

@@ -15,7 +15,7 @@ from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest, 
 from envoy.type.v3 import http_status_pb2  # noqa: F401  (registers the status message that replies hold)
 from google.protobuf.struct_pb2 import ListValue, Struct, Value
 
-from extproc.decision import NAMESPACE, ROUTE_NAMESPACE
+from extproc.decision import NAMESPACE, ROUTE_NAMESPACE, WHOLE_FIELD, Decision, decision_of
 from extproc.exchange import Headers, MetadataValue, Proceed, RequestHeaders, Respond, Rewrite, Route
 
 _OVERWRITE = HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
@@ -37,16 +37,26 @@ def parse(message: bytes) -> tuple[Event, Any]:
     kind = request.WhichOneof("request")
     if kind == "request_headers":
         headers = request.request_headers
-        pairs = [(header.key, _text(header)) for header in headers.headers.headers]
-        return RequestHeaders(Headers(pairs), headers.end_of_stream), request.metadata_context
+        return RequestHeaders(_headers(headers.headers.headers), headers.end_of_stream), request.metadata_context
     if kind == "request_body":
         return RequestBody(request.request_body.body), request.metadata_context
     return None, request.metadata_context
 
 
-def _text(header: Any) -> str:
-    value: str = header.raw_value.decode("latin-1") if header.raw_value else header.value
-    return value
+def _headers(fields: Sequence[Any]) -> Headers:
+    """Envoy fills `raw_value`; `value` is what a peer of an older API would."""
+    first = {field.key: field.raw_value or field.value.encode() for field in fields}
+    if len(first) == len(fields):
+        return Headers(first)
+    first.clear()
+    repeats: list[tuple[str, bytes]] = []
+    for field in fields:
+        value = field.raw_value or field.value.encode()
+        if field.key in first:
+            repeats.append((field.key, value))
+        else:
+            first[field.key] = value
+    return Headers(first, repeats)
 
 
 def answer_headers(action: Proceed | Respond | Route | Rewrite) -> bytes:
@@ -140,6 +150,11 @@ def _write(struct: Any, metadata: Mapping[str, MetadataValue]) -> None:
             items = fields[name].list_value.values
             for item in value:
                 items.add().string_value = item
+
+
+def read_decision(struct: Struct) -> Decision | None:
+    """The Decision that `_write` put there, or None."""
+    return decision_of(struct.fields[WHOLE_FIELD].string_value) if WHOLE_FIELD in struct.fields else None
 
 
 def read_struct(struct: Struct) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 
-from extproc.server.transport import Method, Replies, Session, Shape
+from extproc.server.transport import Method, Replies, Session, Shape, StatusError
 
 _FRAME_ROOM_BYTES = 1 << 20
 """What headers, metadata and framing may add to the largest body in one message."""
@@ -56,20 +56,31 @@ def _handler(method: Method) -> Any:
     # Functions, not callable objects: grpcio asks `inspect` whether a behaviour is an async generator.
     async def bidi(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         session = _open(method, context)
-        async for message in requests:
-            for reply in await _replies(session, message):
+        try:
+            async for message in requests:
+                for reply in await _replies(session, message):
+                    yield reply
+                if session.done:
+                    return
+            for reply in session.finish():
                 yield reply
-        for reply in session.finish():
-            yield reply
+        except StatusError as error:
+            await _abort(context, error)
 
     async def client_stream(requests: AsyncIterator[bytes], context: Any) -> bytes:
         session = _open(method, context)
-        async for message in requests:
-            await _replies(session, message)
-        return b"".join(session.finish())
+        try:
+            async for message in requests:
+                await _replies(session, message)
+            return b"".join(session.finish())
+        except StatusError as error:
+            return await _abort(context, error)
 
     async def unary(message: bytes, context: Any) -> bytes:
-        return b"".join(await _replies(_open(method, context), message))
+        try:
+            return b"".join(await _replies(_open(method, context), message))
+        except StatusError as error:
+            return await _abort(context, error)
 
     match method.shape:
         case Shape.BIDI:
@@ -87,3 +98,9 @@ def _open(method: Method, context: Any) -> Session:
 async def _replies(session: Session, message: bytes) -> Replies:
     replies = session.receive(message)
     return await replies if isinstance(replies, Awaitable) else replies
+
+
+async def _abort(context: Any, error: StatusError) -> NoReturn:
+    code = next(code for code in grpc.StatusCode if code.value[0] == error.status)
+    await context.abort(code, error.message)
+    raise AssertionError("abort always raises")

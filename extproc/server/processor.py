@@ -12,7 +12,7 @@ from typing import Any
 
 from extproc.adapt.pipeline import adapt
 from extproc.decide.pipeline import Admitted, Decider, unavailable
-from extproc.decision import ATTEMPTS_NAMESPACE, NAMESPACE, Decision
+from extproc.decision import ATTEMPTS_NAMESPACE, NAMESPACE
 from extproc.errors import Dialect
 from extproc.exchange import Proceed, RequestHeaders, Respond, Rewrite, Route
 from extproc.server import envoy
@@ -36,18 +36,22 @@ def method(decider: Callable[[], Decider]) -> Method:
 class DecideSession:
     """Headers, then the body if there is one, then done."""
 
-    __slots__ = ("_admitted", "_decider")
+    __slots__ = ("_admitted", "_decider", "done")
 
     def __init__(self, decider: Decider) -> None:
         self._decider = decider
         self._admitted: Admitted | None = None
+        self.done = False
 
     async def receive(self, message: bytes) -> Replies:
         event, _ = envoy.parse(message)
         match event:
             case RequestHeaders():
-                return (envoy.answer_headers(await self._on_headers(event)),)
+                action = await self._on_headers(event)
+                self.done = not isinstance(action, Proceed)
+                return (envoy.answer_headers(action),)
             case envoy.RequestBody(body):
+                self.done = True
                 return (envoy.answer_body(await self._on_body(body)),)
             case None:
                 raise RuntimeError("Envoy sent a message that its configuration does not ask for")
@@ -82,10 +86,11 @@ class DecideSession:
 class AdaptSession:
     """One attempt: its headers tell the content type, the body is rewritten for that attempt's target."""
 
-    __slots__ = ("_content_type",)
+    __slots__ = ("_content_type", "done")
 
     def __init__(self) -> None:
         self._content_type = ""
+        self.done = False
 
     def receive(self, message: bytes) -> Replies:
         event, metadata = envoy.parse(message)
@@ -94,6 +99,7 @@ class AdaptSession:
                 self._content_type = headers.get("content-type") or ""
                 return (envoy.answer_headers(Proceed()),)
             case envoy.RequestBody(body):
+                self.done = True
                 return (envoy.answer_body(self._adapt(metadata, body)),)
             case None:
                 raise RuntimeError("Envoy sent a message that its configuration does not ask for")
@@ -103,7 +109,7 @@ class AdaptSession:
 
     def _adapt(self, metadata: Any, body: bytes) -> Rewrite:
         spaces = metadata.filter_metadata
-        decision = Decision.from_metadata(envoy.read_struct(spaces[NAMESPACE]))
+        decision = envoy.read_decision(spaces[NAMESPACE])
         if decision is None:
             raise RuntimeError("a request reached a cluster without a decision")
         number = int(spaces[ATTEMPTS_NAMESPACE].fields["n"].number_value)

@@ -1,81 +1,129 @@
 """What a person sees while the gateway runs: how to call it, and each request as it passes.
 
 Fed by the supervisor. The surprising thing: without a terminal it prints plain lines, one for each request, so the same
-command serves a laptop and a container's log.
+command serves a laptop and a container's log. On a terminal it prints no more of them than a person can follow.
 """
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.markup import escape
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.syntax import Syntax
+from rich.text import Text
 
-from extproc.config.snapshot import Snapshot
+from extproc.config.snapshot import Model, Snapshot
 from extproc.errors import Dialect
 from extproc.providers.kinds import KINDS
 from extproc.server.watch import Passed
 
+_log = logging.getLogger(__name__)
 _COLOURS = {"ok": "green", "refused": "yellow", "failed": "red", "client_left": "magenta", "broken": "red"}
+_LISTED_MODELS = 20
+_LINES_PER_SECOND = 40
+"""On a terminal. A line there costs more CPU than deciding on the request that it tells of."""
 QUICKSTART_KEY = "sk-extproc-quickstart"
 
 
 class Screen:
-    """Prints to `console`, in colour where it is a terminal."""
+    """Prints to `console`, in colour where it is a terminal. `clock` counts seconds."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
+        self._clock = clock
+        self._second = 0
+        self._lines = 0
 
     def welcome(self, snapshot: Snapshot) -> None:
         """Where the gateway listens and what to type next."""
         base = f"http://{_reachable(snapshot.listen.address)}:{snapshot.listen.port}"
         key = QUICKSTART_KEY if snapshot.key_for(QUICKSTART_KEY) else "YOUR_KEY"
-        served = ", ".join(f"{model.name} ({_providers(snapshot, model.name)})" for model in _models(snapshot))
-        self._line(f"extproc serves {base}  models: {served}")
-        self._line(f"health and metrics: http://{snapshot.admin.address}:{snapshot.admin.port}/readyz /metrics")
+        self.note(f"extproc serves {base}  models: {_served(snapshot)}")
+        self.note(
+            f"health and metrics: http://{_reachable(snapshot.admin.address)}:{snapshot.admin.port}/readyz /metrics"
+        )
         for title, language, text in _examples(snapshot, base, key):
             if self._console.is_terminal:
-                self._console.print(Panel(Syntax(text, language, theme="ansi_dark"), title=title, title_align="left"))
+                self._print(Panel(Syntax(text, language, theme="ansi_dark"), title=title, title_align="left"))
             else:
-                self._line(f"\n# {title}\n{text}")
-        self._line("\nRequests, as they pass (Ctrl-C ends):")
+                self.note(f"\n# {title}\n{text}")
+        self.note("\nRequests, as they pass (Ctrl-C ends):")
 
     def passed(self, request: Passed) -> None:
         """One request that has finished."""
         if not self._console.is_terminal:
-            self._line(_plain(request))
-            return
-        colour = _COLOURS.get(request.outcome, "white")
-        self._console.print(f"[{colour}]{request.status}[/] {escape(_described(request))}", highlight=False)
+            self.note(f"{_printable(request.request_id)} {request.status} {request.outcome}  {_described(request)}")
+        elif self._may_print():
+            colour = _COLOURS.get(request.outcome, "white")
+            # Text, never markup: a client chose some of these words.
+            self._print(Text.assemble((str(request.status), colour), " ", self._encodable(_described(request))))
 
     def note(self, text: str) -> None:
         """Something that happened to the gateway itself."""
-        self._line(text)
+        self._print(Text(self._encodable(text)))
 
-    def _line(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+    def _may_print(self) -> bool:
+        second = int(self._clock())
+        if second != self._second:
+            hidden = self._lines - _LINES_PER_SECOND
+            self._second, self._lines = second, 0
+            if hidden > 0:
+                self.note(f"... and {hidden} more")
+        self._lines += 1
+        return self._lines <= _LINES_PER_SECOND
+
+    def _encodable(self, text: str) -> str:
+        encoding = self._console.encoding
+        return text.encode(encoding, "replace").decode(encoding)
+
+    def _print(self, what: RenderableType) -> None:
+        """Whoever reads this may be gone (`| head`, a closed terminal). The gateway is not for that reason."""
+        try:
+            if isinstance(what, Text) and not self._console.is_terminal:
+                if not self._console.quiet:  # straight to the file: a tenth of the CPU, for the logs of busy gateways
+                    self._console.file.write(what.plain + "\n")
+                    self._console.file.flush()
+            else:
+                self._console.print(what, soft_wrap=isinstance(what, Text))
+        except (OSError, SystemExit):  # rich makes SystemExit of a broken pipe
+            self._console.quiet = True
+            _log.warning("nobody reads standard output any more; the gateway goes on without it")
 
 
-def _models(snapshot: Snapshot) -> list:  # type: ignore[type-arg]
-    return [*snapshot.models.values(), *(model for _, model in snapshot.globs)]
+def _served(snapshot: Snapshot) -> str:
+    models = list(_models(snapshot))
+    shown = ", ".join(f"{model.name} ({_providers(model)})" for model in models[:_LISTED_MODELS])
+    more = len(models) - _LISTED_MODELS
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
-def _providers(snapshot: Snapshot, name: str) -> str:
-    model = next(model for model in _models(snapshot) if model.name == name)
+def _models(snapshot: Snapshot) -> Iterator[Model]:
+    yield from snapshot.models.values()
+    yield from (model for _, model in snapshot.globs)
+
+
+def _providers(model: Model) -> str:
     return " > ".join(dict.fromkeys(target.provider for target in model.targets))
 
 
 def _reachable(address: str) -> str:
-    return "127.0.0.1" if address in ("0.0.0.0", "::") else address  # noqa: S104  (compared, not bound)
+    """The address as this machine's clients write it."""
+    if address in ("0.0.0.0", "::"):  # noqa: S104  (compared, not bound)
+        return "127.0.0.1"
+    return f"[{address}]" if ":" in address else address
 
 
 def _examples(snapshot: Snapshot, base: str, key: str) -> list[tuple[str, str, str]]:
     """(title, language, text) for each client that some model of the file can answer."""
     speaks: dict[Dialect, str] = {}
-    for model in snapshot.models.values():
+    for model in _models(snapshot):
+        name = model.name if model.name in snapshot.models else "YOUR_MODEL"  # a glob is no model's name
         for target in model.targets:
             for dialect in KINDS[snapshot.providers[target.provider].kind].dialects:
-                speaks.setdefault(dialect, model.name)
+                speaks.setdefault(dialect, name)
     examples: list[tuple[str, str, str]] = []
     if (model_name := speaks.get(Dialect.OPENAI)) is not None:
         body = f'{{"model": "{model_name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
@@ -127,7 +175,3 @@ def _described(request: Passed) -> str:
 def _printable(text: str) -> str:
     """A client chose some of this text, and it goes to a terminal."""
     return "".join(char if char.isprintable() else "?" for char in text)
-
-
-def _plain(request: Passed) -> str:
-    return f"{request.request_id} {request.status} {request.outcome}  {_described(request)}"

@@ -1,58 +1,80 @@
-"""`extproc run`: Envoy, the worker and the demo provider as one program, from one file.
+"""`extproc run`: Envoy, the workers and the demo provider as one program, from one file.
 
-Above the request path: it starts what the path is made of, keeps it alive, answers the admin port and shows what
-passes. The surprising thing: it is the only process that ever reads a provider's secret, and it forgets it as soon as
-Envoy's secret file is written.
+Above the request path: it starts what the path is made of, keeps it alive, reloads it, answers the admin port and shows
+what passes. The surprising thing: it is the only process that ever reads a provider's secret, and it hands it to nobody
+but Envoy.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-import os
 import signal
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from extproc.config.secrets import read_secret
 from extproc.config.snapshot import Snapshot
-from extproc.render.bootstrap import render, secret_files
 from extproc.render.deployment import Deployment, system_ca_bundle
 from extproc.server.admin import Metrics, serve_admin
-from extproc.server.app import READY_LINE
+from extproc.server.board import Board
 from extproc.server.children import Child
-from extproc.server.envoy_admin import EnvoyAdmin
+from extproc.server.envoy_admin import EnvoyAdmin, check_port_free
+from extproc.server.envoy_folder import ConfigRejectedError, EnvoyFolder
+from extproc.server.reload import BadConfigError, Loaded, Reloader
 from extproc.server.screen import Screen
 from extproc.server.watch import passed_of
+from extproc.server.workers import WITHHELD, names_file
 
 _START_TIMEOUT_S = 30.0
 _DRAIN_S = 25.0
+_DRAIN_LISTENER_S = 600
+"""How long connections of a listener that a reload has replaced may go on."""
 _END_TIMEOUT_S = 5.0
-_WORKER_END_TIMEOUT_S = 12.0
+_WORKERS_END_TIMEOUT_S = 14.0
+_RELOAD_TIMEOUT_S = 5.0
 _LAST_RECORDS_S = 0.5
 """Envoy sends its last access-log entries within its flush interval (0.1 s)."""
-_WITHHELD = "withheld"
 
 _log = logging.getLogger(__name__)
 
 
-class Supervisor:
-    """Runs one snapshot until SIGTERM or SIGINT."""
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How many worker processes decide, and how many threads Envoy has."""
 
-    def __init__(self, file: Path, snapshot: Snapshot, environ: Mapping[str, str], screen: Screen) -> None:
+    workers: int
+    envoy_threads: int
+
+
+class Supervisor:
+    """Runs one file until SIGTERM or SIGINT; SIGHUP reloads it."""
+
+    def __init__(self, file: Path, first: Loaded, environ: Mapping[str, str], screen: Screen, size: Size) -> None:
         self._file = file
-        self._snapshot = snapshot
         self._environ = environ
         self._screen = screen
+        self._size = size
         self._metrics = Metrics()
         self._children: list[Child] = []
-        self._envoy_admin: EnvoyAdmin | None = None
+        self._pool: Child | None = None
+        self._workers: dict[int, tuple[int, int]] = {}
+        self._pool_answer: asyncio.Future[str] | None = None
+        self._reloader = Reloader(file, first, environ, self._apply)
         self._state: Literal["starting", "serving", "draining"] = "starting"
+
+    @property
+    def _snapshot(self) -> Snapshot:
+        return self._reloader.loaded.snapshot
+
+    # What the admin port tells
 
     def problems(self) -> list[str]:
         """See `admin.Health`."""
@@ -62,103 +84,175 @@ class Supervisor:
             f"{child.name} is not running" for child in self._children if not (child.alive and child.ready.is_set())
         ]
 
+    def status(self) -> dict[str, object]:
+        """See `admin.Health`."""
+        return {
+            "config": {
+                "revision": self._snapshot.revision,
+                "reloads": self._reloader.reloads,
+                "last_error": self._reloader.last_error or None,
+            },
+            "workers": [
+                {"number": number, "process": pid, "restarts": restarts}
+                for number, (pid, restarts) in sorted(self._workers.items())
+            ],
+            "providers": [
+                {**told, "cooling_s": round(max(0.0, self._board.until(str(told["name"])) - time.time()), 1)}
+                for told in self._metrics.providers(self._snapshot.providers)
+            ],
+        }
+
+    # From start to end
+
     async def run(self) -> None:
-        """Start all, wait for the signal, drain, end all. Raises ChildFailedError or OSError when a part can not start."""
+        """Start all, wait for the signal, drain, end all. Raises ChildFailedError or OSError where a part can not."""
         stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
         for wanted in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(wanted, stop.set)
+            loop.add_signal_handler(wanted, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reloader.ask)
+        check_port_free(self._snapshot.listen)
         async with AsyncExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="extproc-", ignore_cleanup_errors=True))
-            deployment = Deployment(PurePosixPath(folder), PurePosixPath(system_ca_bundle()))
-            config = self._write_files(deployment)
+            run_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="extproc-", ignore_cleanup_errors=True))
+            self._deployment = Deployment(PurePosixPath(run_dir), PurePosixPath(system_ca_bundle()), self._size.workers)
+            self._board = Board(Path(self._deployment.board))
+            self._board.know(self._snapshot.providers)
+            self._folder = EnvoyFolder(self._deployment)
+            self._folder.write(self._snapshot, self._reloader.loaded.secrets)
             stack.push_async_callback(await serve_admin(self._snapshot.admin, self, self._metrics))
             stack.push_async_callback(self._end_all)
-            await self._start_all(deployment, config)
+            await self._start_all()
             self._state = "serving"
             self._screen.welcome(self._snapshot)
+            reloads = asyncio.create_task(self._show_reloads())
             await stop.wait()
+            reloads.cancel()
             self._state = "draining"
             self._screen.note("ending: open requests may finish")
-            await self._drain()
+            await self._envoy_admin.drain(_DRAIN_S)
+            await asyncio.sleep(_LAST_RECORDS_S)
 
-    def _write_files(self, deployment: Deployment) -> Path:
-        """Envoy's configuration and secrets. The folder is new and the owner's alone; so is each secret file."""
-        Path(deployment.secrets_dir).mkdir(mode=0o700)
-        secrets = {
-            provider.name: read_secret(provider.secret, self._environ)
-            for provider in self._snapshot.providers.values()
-            if provider.secret is not None
-        }
-        for path, content in secret_files(self._snapshot, deployment, secrets).items():
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(content)
-        config = Path(deployment.run_dir) / "envoy.json"
-        config.write_text(render(self._snapshot, deployment), encoding="utf-8")
-        return config
-
-    async def _start_all(self, deployment: Deployment, config: Path) -> None:
-        if any(provider.kind == "demo" for provider in self._snapshot.providers.values()):
-            await self._start(self._demo(deployment))
-        await self._start(self._worker(deployment, 0))
-        envoy = self._envoy(config)
-        self._children.append(envoy)
-        self._envoy_admin = EnvoyAdmin(Path(deployment.admin_socket))
-        envoy.ready.set()
-        await envoy.start(_START_TIMEOUT_S)
-        await self._envoy_admin.wait_live(lambda: envoy.alive and envoy.restarts == 0, _START_TIMEOUT_S)
+    async def _start_all(self) -> None:
+        await self._start_demo(self._snapshot)
+        self._pool = self._workers_child(self._copy(self._reloader.loaded))
+        await self._start(self._pool)
+        self._envoy_admin = EnvoyAdmin(Path(self._deployment.admin_socket))
+        await self._start(self._envoy(self._envoy_admin))
 
     async def _start(self, child: Child) -> None:
         self._children.append(child)
         await child.start(_START_TIMEOUT_S)
 
-    def _demo(self, deployment: Deployment) -> Child:
-        socket = Path(deployment.demo_socket)
-        command = (sys.executable, "-m", "extproc.demo", "--socket", str(socket))
-        return Child("demo provider", command, self._bare_environ(), lambda _: None, is_ready_line=_says_ready)
+    async def _end_all(self) -> None:
+        for child in reversed(self._children):
+            await child.end(_WORKERS_END_TIMEOUT_S if child is self._pool else _END_TIMEOUT_S)
 
-    def _worker(self, deployment: Deployment, number: int) -> Child:
-        socket = str(deployment.worker_socket(number))
-        command = (sys.executable, "-m", "extproc", "serve", str(self._file), "--socket", socket)
-        return Child(f"worker {number}", command, self._worker_environ(), self._on_line, is_ready_line=_says_ready)
+    # Reloads
 
-    def _envoy(self, config: Path) -> Child:
+    async def _show_reloads(self) -> None:
+        async for line in self._reloader.outcomes():
+            self._screen.note(line)
+
+    async def _apply(self, loaded: Loaded, before: tuple[Snapshot, ...]) -> None:
+        """See `reload.Apply`."""
+        if loaded.snapshot.listen != self._snapshot.listen:
+            try:
+                check_port_free(loaded.snapshot.listen)
+            except OSError as error:
+                raise BadConfigError(str(error)) from None
+        await self._start_demo(loaded.snapshot)
+        await self._folder.replace(loaded.snapshot, loaded.secrets, self._envoy_admin, also=before)
+        copy = self._copy(loaded)
+        self._board.know(loaded.snapshot.providers)
+        answer = await self._ask_pool(f"reload {copy}")
+        if answer != f"reloaded {loaded.snapshot.revision}":
+            raise ConfigRejectedError(f"the workers did not take this configuration: {answer}")
+        if self._pool is not None:
+            self._pool.command = self._workers_command(copy)
+
+    async def _ask_pool(self, command: str) -> str:
+        pool = self._pool
+        assert pool is not None  # noqa: S101  (reloads begin when all has started)
+        self._pool_answer = asyncio.get_running_loop().create_future()
+        try:
+            pool.send(f"{command}\n".encode())
+            return await asyncio.wait_for(self._pool_answer, _RELOAD_TIMEOUT_S)
+        except (TimeoutError, OSError):
+            return "no answer"
+        finally:
+            self._pool_answer = None
+
+    def _copy(self, loaded: Loaded) -> Path:
+        """The bytes that the workers compile, and which variables are set where they were read."""
+        copy = Path(self._deployment.run_dir) / f"gateway-{loaded.snapshot.revision}.yaml"
+        refs = [provider.secret for provider in loaded.snapshot.providers.values()]
+        present = [ref.name for ref in refs if ref is not None and ref.source == "env"]
+        names_file(copy).write_text(json.dumps(present))
+        copy.write_bytes(loaded.raw)
+        copy.chmod(0o600)
+        return copy
+
+    # Children
+
+    async def _start_demo(self, snapshot: Snapshot) -> None:
+        wanted = any(provider.kind == "demo" for provider in snapshot.providers.values())
+        if not wanted or any(child.name == "demo provider" for child in self._children):
+            return
+        socket = str(self._deployment.demo_socket)
+        command = (sys.executable, "-m", "extproc.demo", "--socket", socket, "--until-stdin-ends")
+        await self._start(
+            Child("demo provider", command, self._bare_environ(), lambda _: None, is_ready_line=_says_ready)
+        )
+
+    def _workers_child(self, copy: Path) -> Child:
+        command = self._workers_command(copy)
+        return Child("workers", command, self._workers_environ(), self._on_line, is_ready_line=_says_ready)
+
+    def _workers_command(self, copy: Path) -> tuple[str, ...]:
+        return (
+            *(sys.executable, "-m", "extproc", "serve", str(self._file), "--copy", str(copy)),
+            *("--run-dir", str(self._deployment.run_dir), "--workers", str(self._size.workers)),
+        )
+
+    def _envoy(self, admin: EnvoyAdmin) -> Child:
         binary = Path(sysconfig.get_paths()["purelib"]) / "envoy" / "_bin" / "envoy"
         command = (
-            *(str(binary), "-c", str(config), "--log-level", "error", "--use-dynamic-base-id"),
-            *("--concurrency", str(os.cpu_count() or 1), "--drain-time-s", str(int(_DRAIN_S))),
+            *(str(binary), "-c", str(self._folder.bootstrap), "--log-level", "error", "--use-dynamic-base-id"),
+            *("--concurrency", str(self._size.envoy_threads), "--drain-time-s", str(_DRAIN_LISTENER_S)),
+            *("--drain-strategy", "immediate"),
         )
-        return Child("Envoy", command, self._bare_environ(), lambda _: None)
+        return Child("Envoy", command, self._bare_environ(), lambda _: None, until_ready=admin.wait_live)
 
     def _bare_environ(self) -> dict[str, str]:
         """For children that need no secret: where programs and temporary files are, and nothing else."""
         kept = ("PATH", "HOME", "TMPDIR", "LANG", "PYTHONPATH", "VIRTUAL_ENV")
         return {name: self._environ[name] for name in kept if name in self._environ}
 
-    def _worker_environ(self) -> dict[str, str]:
-        """The worker compiles the same file, so the variables of providers must be set; their values need not be."""
+    def _workers_environ(self) -> dict[str, str]:
+        """Workers open the ledger, and so may need its URL; of providers' variables they see only that they are set."""
         refs = [provider.secret for provider in self._snapshot.providers.values() if provider.secret is not None]
-        withheld = {ref.name: _WITHHELD for ref in refs if ref.source == "env"}
+        withheld = {ref.name: WITHHELD for ref in refs if ref.source == "env"}
         if self._snapshot.sql_secret is not None:
             withheld.pop(self._snapshot.sql_secret.name, None)
         return {**self._environ, **withheld}
 
     def _on_line(self, line: bytes) -> None:
-        passed = passed_of(line)
-        if passed is None:
+        """A line of the pool: a request that passed, or something about the workers themselves."""
+        if line.startswith(b"{"):
+            passed = passed_of(line)
+            if passed is not None:
+                self._metrics.count(passed)
+                self._screen.passed(passed)
             return
-        self._metrics.count(passed)
-        self._screen.passed(passed)
-
-    async def _drain(self) -> None:
-        if self._envoy_admin is not None:
-            await self._envoy_admin.drain(_DRAIN_S)
-            await asyncio.sleep(_LAST_RECORDS_S)
-
-    async def _end_all(self) -> None:
-        for child in reversed(self._children):
-            await child.end(_WORKER_END_TIMEOUT_S if child.name.startswith("worker") else _END_TIMEOUT_S)
+        word, _, rest = line.decode(errors="replace").strip().partition(" ")
+        if word == "worker":
+            number, pid, restarts = (int(part) for part in rest.split())
+            self._workers[number] = (pid, restarts)
+            if restarts:
+                self._screen.note(f"worker {number} was replaced (process {pid})")
+        elif word in ("reloaded", "not-reloaded") and self._pool_answer is not None and not self._pool_answer.done():
+            self._pool_answer.set_result(f"{word} {rest}")
 
 
 def _says_ready(line: bytes) -> bool:
-    return line == READY_LINE
+    return line == b"ready\n"

@@ -32,6 +32,7 @@ class Passed(msgspec.Struct, frozen=True, omit_defaults=True):
     estimated: bool = False
     stream: bool = False
     attempts: int = 0
+    tried: str = ""
     code: str | None = None
 
 
@@ -61,6 +62,7 @@ def line_of(row: LedgerRow) -> bytes:
         estimated=row.estimated,
         stream=row.stream,
         attempts=row.attempts,
+        tried=row.tried or "",
         code=row.code,
     )
     return _ENCODER.encode(passed) + b"\n"

@@ -29,6 +29,8 @@ function envoy_on_response(handle)
     local retry_after = headers:get("retry-after")
     if retry_after ~= nil then metadata:set(ATTEMPTS, "r" .. number, retry_after) end
   end
+  -- The id that the ledger knows, not the provider's own. Envoy adds it only where the request still bears it.
+  headers:replace("x-request-id", decision["request_id"])
   headers:replace("x-extproc-provider", PROVIDER)
   local model = decision["models"][number]
   if model ~= nil and model ~= "" then headers:replace("x-extproc-model", model) end
