@@ -20,14 +20,14 @@ help: ## list these commands
 install: $(VENV)/runtime.stamp ## make .venv with the program at .venv/bin/extproc
 
 run: install ## serve the quickstart, or FILE=path/to/gateway.yaml
-	@$(BIN)/extproc run "$(FILE)"
+	@exec $(BIN)/extproc run "$(FILE)"
 
 model: $(VENV)/model.stamp ## serve a real, small model on 127.0.0.1:8000, for deploy/quickstart/local-model.yaml
-	@$(BIN)/python deploy/quickstart/local_model.py
+	@exec $(BIN)/python deploy/quickstart/local_model.py
 
 dev: $(VENV)/dev.stamp ## what tests and linters need, into the same .venv
 
-check: lint unit ## linters, types, layers and the fast tests: under a minute
+check: lint unit ## linters, types, layers and the fast tests: about a minute
 
 lint: dev
 	$(BIN)/ruff check .
@@ -45,7 +45,7 @@ test-model: $(VENV)/model.stamp ## only the test with a real model (llama.cpp, 1
 	$(PYTEST) tests/e2e/test_local_model.py
 
 golden: dev ## rewrite the golden files and rendered examples; look at the diff before you commit it
-	$(PYTEST) tests/unit -k golden --update-golden
+	$(PYTEST) tests/unit/test_render_golden.py --update-golden
 
 schema: install ## rewrite docs/gateway.schema.json
 	$(BIN)/extproc schema > docs/gateway.schema.json

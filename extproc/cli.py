@@ -173,7 +173,7 @@ def spend(
     except (ValueError, StoreError, SecretError) as error:
         _fail(str(error))
     if as_json:
-        typer.echo(showback.render_json(lines, by=columns))
+        typer.echo(showback.render_json(lines, by=columns, since=start))
     elif as_csv:
         typer.echo(showback.render_csv(lines, by=columns), nl=False)
     else:

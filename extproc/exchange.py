@@ -1,5 +1,6 @@
 """One HTTP exchange without I/O: the events that Envoy shows us and the actions we answer with.
 
+The values are msgspec structs: made several times for each request, at a fifth of what frozen dataclasses cost to make.
 This is the seam between the gRPC edge (`server`) and the moments (`decide`, `adapt`): neither side of it knows the
 other's types. The surprising thing: an exchange has at most two events. Responses never come here.
 """
@@ -7,7 +8,8 @@ other's types. The surprising thing: an exchange has at most two events. Respons
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 MetadataValue = str | float | bool | Sequence[str]
 """What one field of Envoy's dynamic metadata may hold here. Numbers travel as doubles."""
@@ -38,8 +40,7 @@ class Headers:
         return [first, *(value.decode("latin-1") for key, value in self._repeats if key == name)]
 
 
-@dataclass(frozen=True, slots=True)
-class RequestHeaders:
+class RequestHeaders(msgspec.Struct, frozen=True):
     """The first event. `ends` is true when no body follows."""
 
     headers: Headers
@@ -59,13 +60,11 @@ class RequestHeaders:
         return self.headers.get("x-request-id") or ""
 
 
-@dataclass(frozen=True, slots=True)
-class Proceed:
+class Proceed(msgspec.Struct, frozen=True):
     """Let the request go on to its body; nothing is decided yet, and without a decision nothing is routed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Respond:
+class Respond(msgspec.Struct, frozen=True):
     """Answer the client here. `metadata` is what the record moment will see of it."""
 
     status: int
@@ -75,8 +74,7 @@ class Respond:
     details: str = "extproc"
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(msgspec.Struct, frozen=True):
     """Send the request along `chain` (clusters, one for each attempt), with `metadata` for the later moments.
 
     `body` is None where the client's bytes pass untouched.
@@ -88,8 +86,7 @@ class Route:
     body: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Rewrite:
+class Rewrite(msgspec.Struct, frozen=True):
     """Give one attempt another body than the one decide left; None leaves it."""
 
     body: bytes | None = None

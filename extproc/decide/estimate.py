@@ -13,6 +13,8 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from math import ceil
 
+import msgspec
+
 PRIOR_TOKENS_PER_BYTE = 0.25
 """Bytes / 4: between -45% (JSON) and +21% (code) of the count, as measured on mixed texts."""
 _PRIOR_ERROR = 1.0
@@ -22,8 +24,7 @@ _PRIOR_OUTPUT_TOKENS_PER_BYTE = {"stream": 1 / 180, "whole": 1 / 6}
 """A streamed token comes in an event of some 180 bytes; a whole answer is text, with little around it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(msgspec.Struct, frozen=True):
     """`tokens`, from `samples` past requests (0: a prior), usually off by `relative_error` (0.1 is 10%)."""
 
     tokens: int

@@ -66,21 +66,19 @@ def is_json(content_type: str) -> bool:
     return media.strip().lower() == "application/json" and charset in ("", "charset=utf-8", "charset=utf8")
 
 
-def routing_headers(
-    timeouts: Timeouts, attempts: int, body: bytes | None, *, stream: bool
-) -> tuple[tuple[str, str], ...]:
+def routing_headers(timeouts: Timeouts, attempts: int, body: bytes | None) -> tuple[tuple[str, str], ...]:
     """What Envoy's router reads: the route's idle time, retries and time to first byte; and the new body's length."""
     headers = (
-        (IDLE_HEADER, idle_value(timeouts, stream=stream)),
+        (IDLE_HEADER, idle_value(timeouts, attempts)),
         ("x-envoy-max-retries", str(attempts - 1)),
         ("x-envoy-upstream-rq-per-try-timeout-ms", str(milliseconds(timeouts.first_byte_s))),
     )
     return headers if body is None else (*headers, ("content-length", str(len(body))))
 
 
-def idle_value(timeouts: Timeouts, *, stream: bool) -> str:
-    """The value of `IDLE_HEADER` that the route for these timeouts matches."""
-    return str(milliseconds(routing.idle_s(timeouts, stream=stream)))
+def idle_value(timeouts: Timeouts, attempts: int) -> str:
+    """The value of `IDLE_HEADER` that the route for these timeouts and so many attempts matches."""
+    return str(milliseconds(routing.idle_s(timeouts, attempts)))
 
 
 def milliseconds(seconds: float) -> int:

@@ -11,6 +11,8 @@ from random import Random
 from typing import Protocol
 from urllib.parse import unquote
 
+import msgspec
+
 from extproc.config.snapshot import Key, Model, Snapshot
 from extproc.decide import headers as headers_policy
 from extproc.decide import listing, routing
@@ -24,8 +26,7 @@ from extproc.errors import Code, Dialect, Refusal, error_body, error_headers
 from extproc.exchange import RequestHeaders, Respond, Route
 
 
-@dataclass(frozen=True, slots=True)
-class InputTokens:
+class InputTokens(msgspec.Struct, frozen=True):
     """The size of a prompt: tokens, whether counted exactly, and how many bytes of text it was judged by."""
 
     tokens: int
@@ -39,8 +40,7 @@ class TokenMeter(Protocol):
     async def measure(self, endpoint: Endpoint, key_id: str, model: str, body: bytes) -> InputTokens: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(msgspec.Struct, frozen=True):
     """A request whose headers passed: who asks, for what, in which dialect."""
 
     key: Key
@@ -151,7 +151,7 @@ class Decider:
         return Route(
             chain=tuple(routing.cluster_of(attempt, first.model) for attempt in attempts),
             metadata=decision.to_metadata(),
-            set_headers=headers_policy.routing_headers(timeouts, len(attempts), body, stream=reading.stream),
+            set_headers=headers_policy.routing_headers(timeouts, len(attempts), body),
             body=body,
         )
 

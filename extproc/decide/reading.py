@@ -6,7 +6,7 @@ so it is made only where the client left the question open, and what it adds sta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from extproc.decide.headers import is_json
 from extproc.dialects.body import Edit, JsonBody, case_variant, read_json, wrong_type
@@ -16,8 +16,7 @@ from extproc.dialects.multipart import MultipartModel, boundary_of, read_model
 from extproc.errors import Code, Refusal
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(msgspec.Struct, frozen=True):
     """A body as decide sees it: the model it names, whether it asks for a stream, and where to change it."""
 
     body: bytes
@@ -60,7 +59,7 @@ def _read_json(body: bytes, endpoint: Endpoint) -> Reading | Refusal:
     form = read_json(body)
     if isinstance(form, Refusal):
         return form
-    refusal = case_variant(form) or wrong_type(form, (("model", "string"), *endpoint.types))
+    refusal = case_variant(form) or wrong_type(form, endpoint.types)
     if refusal is not None:
         return refusal
     model = form.value("model")

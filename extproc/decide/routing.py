@@ -8,12 +8,13 @@ draw still is the next to be tried before a lower priority.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 from math import inf
 from random import Random
 from typing import Protocol, assert_never
+
+import msgspec
 
 from extproc.catalog import Usage
 from extproc.config.snapshot import Model, Provider, Snapshot, Target, Timeouts
@@ -29,8 +30,7 @@ _ANY_TIME = datetime(2026, 1, 1, tzinfo=UTC)
 """Prices by time of day do not order targets."""
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(msgspec.Struct, frozen=True):
     """One target with the provider's own name of the model filled in."""
 
     provider: Provider
@@ -141,6 +141,14 @@ def timeouts_of(model: Model | None, first: Provider) -> Timeouts:
     return first.timeouts if model is None else model.timeouts_at(first)
 
 
-def idle_s(timeouts: Timeouts, *, stream: bool) -> float:
-    """How long an attempt may be silent. A whole answer is silent until it is made, so it has the longer of both."""
-    return timeouts.stream_idle_s if stream else max(timeouts.first_byte_s, timeouts.stream_idle_s)
+_BETWEEN_ATTEMPTS_S = 0.5
+"""For the pause before a retry (0.25 s at most), and to let the time to first byte run out first."""
+
+
+def idle_s(timeouts: Timeouts, attempts: int) -> float:
+    """How long a request may pass without a byte: `stream_idle_s`, but no less than all attempts may wait for headers.
+
+    Envoy 1.40 has one such time for a request, before and after its headers. (It has one for each attempt too, but
+    stops watching it once the time to first byte is over, also where that was met.)
+    """
+    return max(timeouts.stream_idle_s, attempts * (timeouts.first_byte_s + _BETWEEN_ATTEMPTS_S))

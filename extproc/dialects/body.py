@@ -9,8 +9,7 @@ prompt can not be mistaken for the field.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -35,8 +34,7 @@ _FIRST_BYTES = {
 _INTEGER = re.compile(rb"-?(?:0|[1-9]\d*)")
 
 
-@dataclass(frozen=True, slots=True)
-class Edit:
+class Edit(msgspec.Struct, frozen=True):
     """Put `new` where `body[start:end]` stands."""
 
     start: int
@@ -112,20 +110,30 @@ def _walk(body: bytes, values: dict[str, msgspec.Raw]) -> dict[str, tuple[int, i
     spans: dict[str, tuple[int, int]] = {}
     at = body.index(b"{") + 1
     for key, raw in values.items():
-        member = _KEY.match(body, at)
-        if member is None or not _names(member.group(1), key):
-            return None
-        start = member.end()
+        start = _value_start(body, at, key)
         value = bytes(raw)
-        if not body.startswith(value, start):
+        if start is None or not body.startswith(value, start):
             return None
         end = start + len(value)
         spans[key] = (start, end)
-        space = _SPACE.match(body, end)
-        at = (space.end() if space else end) + 1  # behind the comma, or the closing brace
+        if body[end] in b" \t\r\n":
+            space = _SPACE.match(body, end)
+            end = space.end() if space else end
+        at = end + 1  # behind the comma, or the closing brace
     if not values:
         return spans
     return spans if body[at - 1 : at] == b"}" else None
+
+
+def _value_start(body: bytes, at: int, key: str) -> int | None:
+    """Where the value of the member at `at` begins, or None where that member has another name."""
+    plain = b'"' + key.encode() + b'":'
+    if body.startswith(plain, at):  # as encoders write it; the rest is for people's own white space and escapes
+        start = at + len(plain)
+        if body[start] not in b" \t\r\n":
+            return start
+    member = _KEY.match(body, at)
+    return member.end() if member is not None and _names(member.group(1), key) else None
 
 
 def _names(quoted: bytes, key: str) -> bool:
@@ -135,9 +143,12 @@ def _names(quoted: bytes, key: str) -> bool:
     return decoded == key
 
 
-def wrong_type(body: JsonBody, types: Sequence[tuple[str, str]]) -> Refusal | None:
+def wrong_type(body: JsonBody, types: Mapping[str, str]) -> Refusal | None:
     """The refusal for the first field whose JSON type is not the one its endpoint gives it; null is no type."""
-    for key, expected in types:
+    for key in body:
+        expected = types.get(key)
+        if expected is None:
+            continue
         raw = body.raw(key)
         if raw is None or raw == b"null" or _is(raw, expected):
             continue

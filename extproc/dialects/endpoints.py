@@ -7,7 +7,8 @@ does not exist. Passing unknown paths on would let a new provider endpoint bypas
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from urllib.parse import unquote
 
@@ -42,6 +43,9 @@ class Metering(Enum):
     NONE = auto()
 
 
+_MODEL_ALONE = {"model": "string"}
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """One row of the table. `types` gives the JSON types that a field must have where it is present."""
@@ -51,19 +55,19 @@ class Endpoint:
     body: Body
     naming: Naming
     metering: Metering = Metering.NONE
-    types: tuple[tuple[str, str], ...] = ()
+    types: Mapping[str, str] = field(default_factory=lambda: _MODEL_ALONE)
     required: tuple[str, ...] = ()
     stream_options: bool = False
     """Streams tell their usage only to who asks with `stream_options.include_usage`."""
 
 
-_SAMPLING = (
-    ("temperature", "number"),
-    ("top_p", "number"),
-    ("max_tokens", "integer"),
-    ("tools", "array"),
-    ("metadata", "object"),
-)
+_SAMPLING = {
+    "temperature": "number",
+    "top_p": "number",
+    "max_tokens": "integer",
+    "tools": "array",
+    "metadata": "object",
+}
 
 CHAT = Endpoint(
     "chat",
@@ -71,14 +75,15 @@ CHAT = Endpoint(
     Body.JSON,
     Naming.REQUIRED,
     Metering.AI,
-    types=(
-        ("messages", "array"),
-        ("stream", "boolean"),
-        ("stream_options", "object"),
-        ("max_completion_tokens", "integer"),
-        ("n", "integer"),
-        *_SAMPLING,
-    ),
+    types={
+        **_MODEL_ALONE,
+        "messages": "array",
+        "stream": "boolean",
+        "stream_options": "object",
+        "max_completion_tokens": "integer",
+        "n": "integer",
+        **_SAMPLING,
+    },
     required=("messages",),
     stream_options=True,
 )
@@ -88,13 +93,14 @@ COMPLETIONS = Endpoint(
     Body.JSON,
     Naming.REQUIRED,
     Metering.JSON,
-    types=(
-        ("prompt", "string|array"),
-        ("stream", "boolean"),
-        ("stream_options", "object"),
-        ("max_tokens", "integer"),
-        ("n", "integer"),
-    ),
+    types={
+        **_MODEL_ALONE,
+        "prompt": "string|array",
+        "stream": "boolean",
+        "stream_options": "object",
+        "max_tokens": "integer",
+        "n": "integer",
+    },
     stream_options=True,
 )
 RESPONSES = Endpoint(
@@ -103,13 +109,14 @@ RESPONSES = Endpoint(
     Body.JSON,
     Naming.REQUIRED,
     Metering.AI,
-    types=(
-        ("input", "string|array"),
-        ("stream", "boolean"),
-        ("max_output_tokens", "integer"),
-        ("instructions", "string|array"),
-        *_SAMPLING,
-    ),
+    types={
+        **_MODEL_ALONE,
+        "input": "string|array",
+        "stream": "boolean",
+        "max_output_tokens": "integer",
+        "instructions": "string|array",
+        **_SAMPLING,
+    },
 )
 EMBEDDINGS = Endpoint(
     "embeddings",
@@ -117,7 +124,7 @@ EMBEDDINGS = Endpoint(
     Body.JSON,
     Naming.REQUIRED,
     Metering.JSON,
-    types=(("input", "string|array"), ("dimensions", "integer")),
+    types={**_MODEL_ALONE, "input": "string|array", "dimensions": "integer"},
     required=("input",),
 )
 MESSAGES = Endpoint(
@@ -126,13 +133,14 @@ MESSAGES = Endpoint(
     Body.JSON,
     Naming.REQUIRED,
     Metering.AI,
-    types=(
-        ("messages", "array"),
-        ("stream", "boolean"),
-        ("system", "string|array"),
-        ("stop_sequences", "array"),
-        *_SAMPLING,
-    ),
+    types={
+        **_MODEL_ALONE,
+        "messages": "array",
+        "stream": "boolean",
+        "system": "string|array",
+        "stop_sequences": "array",
+        **_SAMPLING,
+    },
     required=("messages",),
 )
 COUNT_TOKENS = replace(MESSAGES, name="count_tokens", metering=Metering.NONE)
@@ -141,7 +149,9 @@ MODELS = Endpoint("models", Dialect.OPENAI, Body.NONE, Naming.ABSENT)
 PASS_THROUGH = Endpoint("pass_through", Dialect.OPENAI, Body.ANY, Naming.ABSENT)
 _ANTHROPIC_PASS_THROUGH = replace(PASS_THROUGH, dialect=Dialect.ANTHROPIC)
 
-_JSON_NAMED = Endpoint("", Dialect.OPENAI, Body.JSON, Naming.REQUIRED, Metering.JSON, types=(("stream", "boolean"),))
+_JSON_NAMED = Endpoint(
+    "", Dialect.OPENAI, Body.JSON, Naming.REQUIRED, Metering.JSON, types={**_MODEL_ALONE, "stream": "boolean"}
+)
 _MULTIPART_NAMED = Endpoint("", Dialect.OPENAI, Body.MULTIPART, Naming.REQUIRED, Metering.JSON)
 
 _POSTS: dict[str, Endpoint] = {

@@ -12,9 +12,9 @@ from typing import Protocol
 
 from extproc.record.finished import AttemptMade, Ending, Finished
 
-FAILURES_BEFORE_COOLDOWN = 3
+FAILURES_BEFORE_COOLDOWN = 5
 """Failures in a row, without a success between them, that make a provider cool down."""
-FIRST_COOLDOWN_S, LONGEST_COOLDOWN_S = 2.0, 60.0
+FIRST_COOLDOWN_S, LONGEST_COOLDOWN_S = 1.0, 30.0
 LONGEST_RETRY_AFTER_S = 600.0
 """A provider may ask for an hour; it is tried again after this, at the end of chains it is tried anyway."""
 _NEWEST_WEIGHT = 0.2
@@ -65,6 +65,8 @@ class ProviderHealth:
             if made.status not in (408, 429):
                 self._failures.pop(made.provider, None)
             return
+        if self.is_cooling(made.provider):
+            return  # requests that were under way when it began to fail say nothing new
         failures = self._failures.get(made.provider, 0) + 1
         self._failures[made.provider] = failures
         if failures >= FAILURES_BEFORE_COOLDOWN:

@@ -105,13 +105,18 @@ def _usage(finished: Finished, outcome: Outcome, model: str, ratios: Ratios) -> 
     decision = finished.decision
     if decision is None or decision.endpoint in _FREE or outcome in (Outcome.REFUSED, Outcome.FAILED):
         return None, False
-    if finished.usage is not None and finished.usage_whole:
+    if finished.usage is not None and finished.usage_whole and not _says_nothing(finished.usage):
         return finished.usage, False  # also where the stream broke behind its last word
     if decision.endpoint not in CHARGED_BY_TOKEN:
         return finished.usage, finished.usage is not None
     if not finished.sent_upstream:
         return None, False
     return _estimated(finished, decision, model, ratios), True
+
+
+def _says_nothing(usage: Usage) -> bool:
+    """Some servers report zeros where they count nothing; no answer is made of no tokens."""
+    return usage.input_tokens <= 0 and usage.output_tokens <= 0
 
 
 def _estimated(finished: Finished, decision: Decision, model: str, ratios: Ratios) -> Usage:

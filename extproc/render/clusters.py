@@ -252,8 +252,9 @@ def _own_headers(provider: Provider, snapshot: Snapshot) -> HttpFilter:
 
 
 def _their_headers() -> HttpFilter:
-    """Responses: internal headers that a provider sends (it may be a gateway like this one) do not reach the client."""
-    mutations = [_remove_prefix("x-envoy-"), _remove_prefix("x-extproc-"), HeaderMutation(remove="alt-svc")]
+    """Responses: a provider's internal headers (it may be a gateway like this one) and CORS do not reach the client."""
+    mutations = [_remove_prefix(prefix) for prefix in ("x-envoy-", "x-extproc-", "access-control-")]
+    mutations.append(HeaderMutation(remove="alt-svc"))
     return HttpFilter(
         name="their-headers",
         typed_config=Any.pack(HeaderMutationFilter(mutations=Mutations(response_mutations=mutations))),

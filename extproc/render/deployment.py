@@ -17,6 +17,8 @@ class Deployment:
     run_dir: PurePosixPath
     ca_bundle: PurePosixPath
     workers: int = 1
+    journal: PurePosixPath | None = None
+    """The file that Envoy keeps of finished requests, where there is one."""
 
     @property
     def admin_socket(self) -> PurePosixPath:

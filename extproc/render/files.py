@@ -63,7 +63,7 @@ def envoy_files(snapshot: Snapshot, deployment: Deployment, *, also: Sequence[Sn
         ),
     )
     routes = route_configuration(snapshot, also=also)
-    gateway = listener(snapshot, routes_from=_watched(deployment, deployment.routes_file))
+    gateway = listener(snapshot, routes_from=_watched(deployment, deployment.routes_file), journal=deployment.journal)
     return EnvoyFiles(
         bootstrap=as_json(bootstrap),
         listeners=_resources(gateway),

@@ -7,6 +7,7 @@ filters, so no byte of an answer enters Python unless a cluster's adapt asks for
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import PurePosixPath
 
 from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog
 from envoy_data_plane.envoy.config.common.mutation_rules.v3 import (
@@ -22,9 +23,11 @@ from envoy_data_plane.envoy.config.core.v3 import (
     HttpProtocolOptions,
     HttpProtocolOptionsHeadersWithUnderscoresAction,
     SocketAddress,
+    SubstitutionFormatString,
     TypedExtensionConfig,
 )
 from envoy_data_plane.envoy.config.listener.v3 import Filter, FilterChain, Listener
+from envoy_data_plane.envoy.extensions.access_loggers.file.v3 import FileAccessLog
 from envoy_data_plane.envoy.extensions.access_loggers.grpc.v3 import CommonGrpcAccessLogConfig, HttpGrpcAccessLogConfig
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
     ExternalProcessor,
@@ -49,10 +52,11 @@ from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutatio
 )
 from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
-from envoy_data_plane.google.protobuf import Any
+from envoy_data_plane.google.protobuf import Any, Struct, Value
 
 from extproc.config.snapshot import Snapshot
 from extproc.decision import NAMESPACE, ROUTE_NAMESPACE
+from extproc.record.journal import FORMAT
 from extproc.render.clusters import script, sidecar_service
 from extproc.render.local_replies import REQUEST_ID, local_replies
 from extproc.render.mended import mended
@@ -64,8 +68,13 @@ _DECIDE_TIMEOUT_S = 5.0
 _REQUEST_HEADERS_TIMEOUT_S = 30.0
 
 
-def listener(snapshot: Snapshot, *, routes_from: ConfigSource | None = None) -> Listener:
-    """The one listener that clients call; its routes stand in it, or where `routes_from` says."""
+def listener(
+    snapshot: Snapshot, *, routes_from: ConfigSource | None = None, journal: PurePosixPath | None = None
+) -> Listener:
+    """The one listener that clients call; its routes stand in it, or where `routes_from` says.
+
+    With `journal`, Envoy also writes each finished request to that file.
+    """
     routes = None if routes_from else route_configuration(snapshot)
     source = Rds(route_config_name=ROUTES, config_source=routes_from) if routes_from else None
     connections = HttpConnectionManager(
@@ -73,7 +82,7 @@ def listener(snapshot: Snapshot, *, routes_from: ConfigSource | None = None) -> 
         route_config=routes,
         rds=source,
         http_filters=_filters(),
-        access_log=[_record()],
+        access_log=[_record(), *([] if journal is None else [_journal(journal)])],
         local_reply_config=LocalReplyConfig(mappers=local_replies()),
         early_header_mutation_extensions=[_drop_internal_headers()],
         # A path has one reading before anything judges it; one that could have two is refused.
@@ -146,6 +155,12 @@ def _decide() -> ExternalProcessor:
             receiving_namespaces=MetadataOptionsMetadataNamespaces(untyped=[ROUTE_NAMESPACE, NAMESPACE])
         ),
     )
+
+
+def _journal(path: PurePosixPath) -> AccessLog:
+    fields = Struct(fields={name: Value(string_value=text) for name, text in FORMAT.items()})
+    log_format = SubstitutionFormatString(json_format=fields)
+    return AccessLog(name="journal", typed_config=Any.pack(FileAccessLog(path=str(path), log_format=log_format)))
 
 
 def _record() -> AccessLog:

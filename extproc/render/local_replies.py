@@ -59,7 +59,7 @@ _LOCAL_REPLIES = (
     _LocalReply(403, 403, Code.INVALID_REQUEST, "This gateway upgrades no connection.", status=400),
     _LocalReply(400, 499, Code.INVALID_REQUEST, _NOT_READ),
     _LocalReply(501, 501, Code.INVALID_REQUEST, _NOT_READ, status=400),
-    _LocalReply(500, 599, Code.GATEWAY_UNAVAILABLE, "The gateway can not decide on requests now."),
+    _LocalReply(500, 599, Code.GATEWAY_UNAVAILABLE, "The gateway can not decide on requests now.", status=503),
 )
 
 

@@ -6,7 +6,7 @@ any filter runs, so a request reaches a provider only if decide sent it there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 from envoy_data_plane.envoy.config.core.v3 import TypedExtensionConfig
@@ -22,17 +22,12 @@ from envoy_data_plane.envoy.config.route.v3 import (
     RouteMatch,
     VirtualHost,
 )
-from envoy_data_plane.envoy.type.matcher.v3 import (
-    MetadataMatcher,
-    MetadataMatcherPathSegment,
-    StringMatcher,
-    ValueMatcher,
-)
+from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.google.protobuf import Any
 
-from extproc.config.snapshot import Model, Snapshot, Timeouts
+from extproc.config.snapshot import Snapshot
 from extproc.decide.headers import IDLE_HEADER, idle_value
-from extproc.decision import ATTEMPTS_NAMESPACE, ROUTE_NAMESPACE
+from extproc.decision import ROUTE_NAMESPACE
 from extproc.dialects.endpoints import METERED_BY_JSON_PATHS
 from extproc.providers.kinds import CREDENTIAL_HEADERS
 from extproc.render.clusters import UNDECIDED
@@ -40,19 +35,14 @@ from extproc.render.gap import ClusterWeight, PriorityGroup, PriorityGroupCluste
 from extproc.render.usage import JSON_USAGE
 
 ROUTES = "gateway"
-_SLACK_S = 10.0
-"""For connecting and the pauses between attempts."""
 _ON = FilterConfig(config=Any())
 """Turns on a filter that is off by default, with the configuration it has in the listener."""
 
 
 def route_configuration(snapshot: Snapshot, *, also: Sequence[Snapshot] = ()) -> RouteConfiguration:
     """The listener's only route configuration; requests that the snapshots in `also` decided find their way too."""
-    timeouts = [pair for each in (snapshot, *also) for pair in _timeouts(each)]
-    idle_times = sorted({int(idle_value(pair, stream=stream)) for pair in timeouts for stream in (True, False)})
-    longest_chain = max((len(model.targets) for each in (snapshot, *also) for model in _models(each)), default=1)
-    wait = timedelta(seconds=max(pair.first_byte_s for pair in timeouts) * longest_chain + _SLACK_S)
-    decided = [route for idle_ms in idle_times for route in (_answering(idle_ms), _decided(idle_ms, wait))]
+    idle_times = sorted({int(value) for each in (snapshot, *also) for value in _idle_values(each)})
+    decided = [_decided(idle_ms) for idle_ms in idle_times]
     metered = [_undecided(RouteMatch(path=path), name=f"metered {path}") for path in METERED_BY_JSON_PATHS]
     for route in metered:
         route.typed_per_filter_config = {JSON_USAGE: Any.pack(_ON)}
@@ -70,28 +60,27 @@ def route_configuration(snapshot: Snapshot, *, also: Sequence[Snapshot] = ()) ->
     )
 
 
-def _models(snapshot: Snapshot) -> list[Model]:
-    return [*snapshot.models.values(), *(model for _, model in snapshot.globs)]
+def _idle_values(snapshot: Snapshot) -> Iterator[str]:
+    """Every value that decide may give `IDLE_HEADER`: a request has the timeouts of its first target."""
+    for provider in snapshot.providers.values():
+        yield idle_value(provider.timeouts, 1)
+    for model in (*snapshot.models.values(), *(model for _, model in snapshot.globs)):
+        for target in model.targets:
+            timeouts = model.timeouts_at(snapshot.providers[target.provider])
+            yield from (idle_value(timeouts, number) for number in range(1, len(model.targets) + 1))
 
 
-def _timeouts(snapshot: Snapshot) -> list[Timeouts]:
-    """Every pair of timeouts that decide may give a request."""
-    pairs = [provider.timeouts for provider in snapshot.providers.values()]
-    for model in _models(snapshot):
-        pairs += (model.timeouts_at(snapshot.providers[target.provider]) for target in model.targets)
-    return pairs
-
-
-def _decided(idle_ms: int, wait: timedelta) -> Route:
+def _decided(idle_ms: int) -> Route:
     return Route(
         name=f"decided {idle_ms} ms",
-        match=_mark(idle_ms),
+        match=RouteMatch(
+            prefix="/", headers=[HeaderMatcher(name=IDLE_HEADER, string_match=StringMatcher(exact=str(idle_ms)))]
+        ),
         route=RouteAction(
             inline_cluster_specifier_plugin=_priority_group(),
             auto_host_rewrite=True,
             timeout=timedelta(0),
-            # Each attempt has its own time to first byte; this bounds all of them together.
-            idle_timeout=wait,
+            idle_timeout=timedelta(milliseconds=idle_ms),
             retry_policy=RetryPolicy(
                 retry_on="5xx,reset,connect-failure,retriable-status-codes",
                 retriable_status_codes=[408, 429],
@@ -103,30 +92,6 @@ def _decided(idle_ms: int, wait: timedelta) -> Route:
             ),
         ),
     )
-
-
-def _answering(idle_ms: int) -> Route:
-    """Where a stream's request is found again once its answer has begun (lua/answer.lua), for the idle time alone.
-
-    Not `per_try_idle_timeout`: Envoy drops its timer when the time to first byte is over, also where that was met.
-    """
-    begun = MetadataMatcher(
-        filter=ATTEMPTS_NAMESPACE,
-        path=[MetadataMatcherPathSegment(key="answering")],
-        value=ValueMatcher(present_match=True),
-    )
-    match = _mark(idle_ms)
-    match.dynamic_metadata = [begun]
-    return Route(
-        name=f"answering {idle_ms} ms",
-        match=match,
-        route=RouteAction(cluster=UNDECIDED, timeout=timedelta(0), idle_timeout=timedelta(milliseconds=idle_ms)),
-    )
-
-
-def _mark(idle_ms: int) -> RouteMatch:
-    exact = HeaderMatcher(name=IDLE_HEADER, string_match=StringMatcher(exact=str(idle_ms)))
-    return RouteMatch(prefix="/", headers=[exact])
 
 
 def _undecided(match: RouteMatch, *, name: str) -> Route:

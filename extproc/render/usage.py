@@ -61,7 +61,5 @@ def _usage_rules() -> list[JsonToMetadataRule]:
 
 def _json_usage() -> JsonToMetadata:
     return JsonToMetadata(
-        response_rules=JsonToMetadataMatchRules(
-            rules=_usage_rules(), allow_content_types_regex=_JSON
-        )
+        response_rules=JsonToMetadataMatchRules(rules=_usage_rules(), allow_content_types_regex=_JSON)
     )

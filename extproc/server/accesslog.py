@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 from uuid import uuid4
 
@@ -17,7 +16,8 @@ from envoy.service.accesslog.v3.als_pb2 import StreamAccessLogsMessage, StreamAc
 
 from extproc.catalog import Usage
 from extproc.decision import ATTEMPTS_NAMESPACE, NAMESPACE, USAGE_NAMESPACE
-from extproc.record.finished import AttemptMade, Ending, Finished
+from extproc.record.finished import Finished
+from extproc.record.told import UsageTold, attempts_of, ending_of, usage_noted
 from extproc.server.envoy import read_decision, read_struct
 from extproc.server.pb.envoy_ai_pb2 import TokenUsage
 from extproc.server.transport import Metadata, Method, Replies, Session, Shape
@@ -71,7 +71,7 @@ def finished_of(entry: Any) -> Finished:
         status=response.response_code.value,
         ending=ending_of(response.response_code_details, response.response_code.value),
         decision=decision,
-        attempts=_attempts(attempts),
+        attempts=attempts_of(attempts),
         code=str(attempts.get("code", "")),
         usage=usage,
         usage_whole=whole,
@@ -90,40 +90,7 @@ def _request_id(entry: Any) -> str:
     return entry.request.request_id or entry.common_properties.stream_id or answered.get("x-request-id") or str(uuid4())
 
 
-def ending_of(details: str, status: int) -> Ending:
-    """How an exchange ended, by Envoy's response code details (docs: HTTP response code details)."""
-    if details.startswith("downstream_") or "remote_reset" in details or details.startswith("http2.remote_refuse"):
-        return Ending.CLIENT_LEFT
-    if details.startswith("upstream_reset_after_response_started"):
-        return Ending.BROKEN
-    if status < 400 and ("timeout" in details or "max_duration" in details):
-        return Ending.BROKEN
-    return Ending.WHOLE
-
-
-def _attempts(fields: dict[str, Any]) -> tuple[AttemptMade, ...]:
-    made: list[AttemptMade] = []
-    for number in range(1, int(fields.get("n", 0)) + 1):
-        status = fields.get(f"s{number}")
-        wait_s = _retry_after_s(str(fields.get(f"r{number}", "")))
-        made.append(AttemptMade(str(fields.get(f"p{number}", "")), int(status) if status else None, wait_s))
-    return tuple(made)
-
-
-def _retry_after_s(text: str) -> float | None:
-    """Seconds from now of a Retry-After (RFC 9110 section 10.2.3: seconds, or a date); None for anything else."""
-    if text.isdecimal():
-        return float(text[:6])
-    try:
-        moment = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
-
-
-def _usage(metadata: Any, *, streamed: bool) -> tuple[Usage | None, bool, str]:
+def _usage(metadata: Any, *, streamed: bool) -> UsageTold:
     """Usage, whether it is whole, and the model that the provider named.
 
     What Envoy's AI filter publishes at a clean end comes first; what the other filters noted holds where it heard less.
@@ -135,7 +102,7 @@ def _usage(metadata: Any, *, streamed: bool) -> tuple[Usage | None, bool, str]:
     return noted or published or (None, False, "")
 
 
-def _published(typed: Any) -> tuple[Usage, bool, str] | None:
+def _published(typed: Any) -> UsageTold | None:
     if AI_USAGE not in typed:
         return None
     found = TokenUsage.FromString(typed[AI_USAGE].value)
@@ -152,17 +119,8 @@ def _published(typed: Any) -> tuple[Usage, bool, str] | None:
     return usage, whole, found.model
 
 
-def _noted(spaces: Any, *, streamed: bool) -> tuple[Usage | None, bool, str] | None:
-    if USAGE_NAMESPACE not in spaces:
-        return None
-    fields = read_struct(spaces[USAGE_NAMESPACE])
-    counts = {name: int(fields[name]) for name in _COUNTS if isinstance(fields.get(name), (int, float))}
-    # json_to_metadata copies an answer that is whole; Lua says of a stream whether its last word was heard.
-    whole = bool(counts) and (not streamed or fields.get("whole") is True)
-    return (Usage(**counts) if counts else None), whole, str(fields.get("model") or "")
-
-
-_COUNTS = ("input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens")
+def _noted(spaces: Any, *, streamed: bool) -> UsageTold | None:
+    return usage_noted(read_struct(spaces[USAGE_NAMESPACE]), streamed=streamed) if USAGE_NAMESPACE in spaces else None
 
 
 def _seconds(common: Any, name: str) -> float | None:

@@ -123,9 +123,9 @@ def application(health: Health, metrics: Metrics) -> web.Application:
 
 async def serve_admin(admin: Admin, health: Health, metrics: Metrics) -> Callable[[], Awaitable[None]]:
     """Listen; returns the coroutine function that stops. Raises OSError when the port is taken."""
-    runner = web.AppRunner(application(health, metrics), access_log=None)
+    runner = web.AppRunner(application(health, metrics), access_log=None, shutdown_timeout=1)
     await runner.setup()
-    await web.TCPSite(runner, admin.address, admin.port, shutdown_timeout=1).start()
+    await web.TCPSite(runner, admin.address, admin.port).start()
     return runner.cleanup
 
 

@@ -29,17 +29,19 @@ from extproc.decide.pipeline import Decider
 from extproc.decide.tokens import TokenCounter
 from extproc.record.finished import Finished
 from extproc.record.health import ProviderHealth
+from extproc.record.journal import read_journal
 from extproc.record.ledger import LedgerRow
 from extproc.record.pipeline import row_of
 from extproc.record.writer import BatchWriter
 from extproc.server import accesslog, processor
 from extproc.server.board import Board
-from extproc.server.pool import BEAT, BEAT_EVERY_S, NOT_RELOADED, READY, RELOADED, WorkerPipes
+from extproc.server.pool import BEAT, BEAT_EVERY_S, NOT_RELOADED, READY, RECONCILED, RELOADED, WorkerPipes
 from extproc.server.transport import Method, Transport
 from extproc.server.watch import line_of
 from extproc.stores.sql import open_ledger
 
 DRAIN_S = 10.0
+_SETTLED_POLL_S = 0.05
 _REMEMBERED_SNAPSHOTS = 8
 """Requests that earlier configurations decided may still be open; they are recorded at the prices they began with."""
 
@@ -81,8 +83,9 @@ class Current:
         while len(self._known) > _REMEMBERED_SNAPSHOTS:
             del self._known[next(iter(self._known))]
 
-    def by_revision(self, revision: str) -> Snapshot:
-        """The snapshot that decided a request, or the one in force where that is forgotten."""
+    def snapshot_of(self, finished: Finished) -> Snapshot:
+        """The snapshot that decided a request, or the one in force where that is forgotten or none did."""
+        revision = finished.decision.revision if finished.decision else ""
         return self._known.get(revision, self.decider.snapshot)
 
 
@@ -105,8 +108,7 @@ class Recorder:
 
     def __call__(self, finished: Finished) -> None:
         self._health.learn(finished)
-        revision = finished.decision.revision if finished.decision else ""
-        row = row_of(finished, self._current.by_revision(revision), self._ratios)
+        row = row_of(finished, self._current.snapshot_of(finished), self._ratios)
         self._put(row)
         self._tell(line_of(row))
 
@@ -134,7 +136,7 @@ async def serve(plan: WorkerPlan, pipes: WorkerPipes) -> None:
     # What lives now lives as long as the process: the collector need not look at it again.
     gc.collect()
     gc.freeze()
-    async with _Lifeline(pipes, plan, current, stop.set):
+    async with _Lifeline(pipes, plan, current, writer, stop.set):
         await stop.wait()
     await transport.drain(DRAIN_S)
     await writer.close()
@@ -144,7 +146,15 @@ async def serve(plan: WorkerPlan, pipes: WorkerPipes) -> None:
 class _Lifeline:
     """The worker's side of its pipes: beats out, commands in, and the end when the parent has ended."""
 
-    def __init__(self, pipes: WorkerPipes, plan: WorkerPlan, current: Current, end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        pipes: WorkerPipes,
+        plan: WorkerPlan,
+        current: Current,
+        writer: BatchWriter,
+        end: Callable[[], None],
+    ) -> None:
+        self._writer = writer
         self._pipes = pipes
         self._plan = plan
         self._current = current
@@ -192,6 +202,8 @@ class _Lifeline:
             word, _, rest = line.decode().partition(" ")
             if word == "reload":
                 self._keep(self._reload(Path(rest)))
+            elif word == "reconcile":
+                self._keep(self._reconcile(Path(rest)))
 
     async def _reload(self, file: Path) -> None:
         try:
@@ -204,6 +216,25 @@ class _Lifeline:
         self._current.take(snapshot)
         self._say(RELOADED)
 
+    async def _reconcile(self, journal: Path) -> None:
+        """Put all of a journal's requests before the ledger, which has most of them already and takes none twice."""
+        try:
+            rows = await asyncio.to_thread(self._rows_of, journal)
+        except OSError as error:
+            _log.error("the journal can not be read: %s", error)
+            return
+        for row in rows:
+            self._writer.put(row)
+        while self._writer.counters.waiting:  # noqa: ASYNC110  (the writer has no event for it)
+            await asyncio.sleep(_SETTLED_POLL_S)
+        self._say(RECONCILED)
+
+    def _rows_of(self, journal: Path) -> list[LedgerRow]:
+        nothing_learnt = LearnedRatios(capacity=1)
+        return [
+            row_of(finished, self._current.snapshot_of(finished), nothing_learnt) for finished in read_journal(journal)
+        ]
+
 
 def _transport(plan: WorkerPlan, pipes: WorkerPipes, methods: Sequence[Method]) -> Transport:
     max_body_bytes = plan.snapshot.listen.max_body_bytes
@@ -211,7 +242,7 @@ def _transport(plan: WorkerPlan, pipes: WorkerPipes, methods: Sequence[Method]) 
         case TransportName.NGH2:
             from extproc.server.ngh2_transport import Ngh2Transport  # noqa: PLC0415  (only the one in use)
 
-            return Ngh2Transport(pipes.listener, methods, max_body_bytes=max_body_bytes)
+            return Ngh2Transport(pipes.listener or plan.socket, methods, max_body_bytes=max_body_bytes)
         case TransportName.GRPC_AIO:
             from extproc.server.grpc_aio import GrpcAioTransport  # noqa: PLC0415
 

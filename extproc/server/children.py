@@ -17,6 +17,7 @@ _log = logging.getLogger(__name__)
 _LONGEST_LINE_BYTES = 1 << 16
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.05, 5.0
 _STEADY_S = 10.0
+_LAST_LINES_S = 1.0
 
 
 class ChildFailedError(RuntimeError):
@@ -93,6 +94,8 @@ class Child:
                 with suppress(ProcessLookupError):
                     self._process.kill()
                 await self._process.wait()
+            if self._keeper is not None:
+                await asyncio.wait((self._keeper,), timeout=_LAST_LINES_S)  # it has yet to read what was said last
         await self._stop_keeping()
 
     async def _stop_keeping(self) -> None:
@@ -163,4 +166,7 @@ class Child:
             if self.is_ready_line is not None and not self.ready.is_set() and self.is_ready_line(line):
                 self.ready.set()
                 continue
-            self.on_line(line)
+            try:
+                self.on_line(line)
+            except Exception:
+                _log.exception("a line of %s could not be taken", self.name)

@@ -7,9 +7,10 @@ written field by field, because a detour over dictionaries would cost more than 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, assert_never
+from functools import lru_cache
+from typing import Any, Literal, assert_never
 
+import msgspec
 from envoy.config.core.v3.base_pb2 import HeaderValueOption
 from envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest, ProcessingResponse
 from envoy.type.v3 import http_status_pb2  # noqa: F401  (registers the status message that replies hold)
@@ -18,11 +19,11 @@ from google.protobuf.struct_pb2 import ListValue, Struct, Value
 from extproc.decision import NAMESPACE, ROUTE_NAMESPACE, WHOLE_FIELD, Decision, decision_of
 from extproc.exchange import Headers, MetadataValue, Proceed, RequestHeaders, Respond, Rewrite, Route
 
+Kind = Literal["request_headers", "request_body"]
 _OVERWRITE = HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
 
-@dataclass(frozen=True, slots=True)
-class RequestBody:
+class RequestBody(msgspec.Struct, frozen=True):
     """The whole buffered body."""
 
     body: bytes
@@ -61,38 +62,34 @@ def _headers(fields: Sequence[Any]) -> Headers:
 
 def answer_headers(action: Proceed | Respond | Route | Rewrite) -> bytes:
     """The ProcessingResponse to a headers message."""
-    response = ProcessingResponse()
     match action:
         case Proceed() | Rewrite():
-            response.request_headers.response.SetInParent()
+            return _PROCEED
         case Route():
-            _route(response, response.request_headers.response, action)
+            return _routed("request_headers", action)
         case Respond():
-            _respond(response, action)
+            return _respond(action)
         case _ as never:
             assert_never(never)
-    return _bytes(response)
 
 
 def answer_body(action: Proceed | Respond | Route | Rewrite) -> bytes:
     """The ProcessingResponse to a body message."""
-    response = ProcessingResponse()
     match action:
         case Proceed():
-            response.request_body.response.SetInParent()
+            return _PROCEED_BODY
         case Rewrite():
-            common = response.request_body.response
-            common.SetInParent()
-            if action.body is not None:
-                common.body_mutation.body = action.body
-                _set_header(common.header_mutation, "content-length", str(len(action.body)))
+            return _rewritten(action)
         case Route():
-            _route(response, response.request_body.response, action)
+            return _routed("request_body", action)
         case Respond():
-            _respond(response, action)
+            return _respond(action)
         case _ as never:
             assert_never(never)
-    return _bytes(response)
+
+
+_PROCEED: bytes = ProcessingResponse(request_headers={"response": {}}).SerializeToString()
+_PROCEED_BODY: bytes = ProcessingResponse(request_body={"response": {}}).SerializeToString()
 
 
 def _bytes(response: Any) -> bytes:
@@ -100,15 +97,43 @@ def _bytes(response: Any) -> bytes:
     return encoded
 
 
-def _route(response: Any, common: Any, action: Route) -> None:
+def _rewritten(action: Rewrite) -> bytes:
+    if action.body is None:
+        return _PROCEED_BODY
+    response = ProcessingResponse()
+    common = response.request_body.response
+    common.body_mutation.body = action.body
+    _set_header(common.header_mutation, "content-length", str(len(action.body)))
+    return _bytes(response)
+
+
+def _routed(kind: Kind, action: Route) -> bytes:
+    """Two encoded halves of one message: concatenated they are that message (protobuf encoding, "Last One Wins").
+
+    The half that says where to go is the same for all requests of a model, and is encoded once.
+    """
+    response = ProcessingResponse()
+    _write(response.dynamic_metadata.fields[NAMESPACE].struct_value, action.metadata)
+    if action.body is None:
+        return _way(kind, action.chain, action.set_headers) + _bytes(response)
+    common = getattr(response, kind).response
+    common.body_mutation.body = action.body
+    headers = tuple(header for header in action.set_headers if header[0] != "content-length")
+    _set_header(common.header_mutation, "content-length", str(len(action.body)))
+    return _way(kind, action.chain, headers) + _bytes(response)
+
+
+@lru_cache(maxsize=4096)
+def _way(kind: Kind, chain: tuple[str, ...], headers: tuple[tuple[str, str], ...]) -> bytes:
+    """The half of an answer that names the chain and the headers that Envoy's router reads."""
+    response = ProcessingResponse()
+    common = getattr(response, kind).response
     common.clear_route_cache = True
-    for name, value in action.set_headers:
+    for name, value in headers:
         _set_header(common.header_mutation, name, value)
-    if action.body is not None:
-        common.body_mutation.body = action.body
-    fields = response.dynamic_metadata.fields
-    _write(fields[NAMESPACE].struct_value, action.metadata)
-    _write_chain(fields[ROUTE_NAMESPACE].struct_value.fields["priority_groups"].list_value, action.chain)
+    groups = response.dynamic_metadata.fields[ROUTE_NAMESPACE].struct_value.fields["priority_groups"]
+    _write_chain(groups.list_value, chain)
+    return _bytes(response)
 
 
 def _write_chain(groups: Any, chain: Sequence[str]) -> None:
@@ -121,7 +146,8 @@ def _write_chain(groups: Any, chain: Sequence[str]) -> None:
         member["weight"].number_value = 1
 
 
-def _respond(response: Any, action: Respond) -> None:
+def _respond(action: Respond) -> bytes:
+    response = ProcessingResponse()
     immediate = response.immediate_response
     immediate.status.code = action.status
     immediate.body = action.body
@@ -129,6 +155,7 @@ def _respond(response: Any, action: Respond) -> None:
     for name, value in action.headers:
         _set_header(immediate.headers, name, value)
     _write(response.dynamic_metadata.fields[NAMESPACE].struct_value, action.metadata)
+    return _bytes(response)
 
 
 def _set_header(mutation: Any, name: str, value: str) -> None:

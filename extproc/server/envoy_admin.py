@@ -65,6 +65,10 @@ class EnvoyAdmin:
         except (aiohttp.ClientError, OSError) as error:
             _log.warning("Envoy could not be drained: %s", error)
 
+    async def reopen_logs(self) -> None:
+        """Write to files by the names they should have: those that were renamed are let go."""
+        await self._call("POST", "/reopen_logs")
+
     async def quit(self) -> None:
         """End it at once, or find that it has ended."""
         with suppress(aiohttp.ClientError, OSError):

@@ -1,6 +1,6 @@
 """gRPC's framing over HTTP/2, without I/O: length-prefixed messages, headers and the status in the trailers.
 
-Between `ngh2_connection` and the bytes (grpc/doc/PROTOCOL-HTTP2.md). The surprising thing: a message that comes alone in
+Between `ngh2_stream` and the bytes (grpc/doc/PROTOCOL-HTTP2.md). The surprising thing: a message that comes alone in
 one DATA frame, as nearly all of Envoy's do, is one slice of it; only what is split or packed is gathered in a buffer.
 """
 
@@ -17,48 +17,48 @@ OK: Headers = ((b"grpc-status", b"0"),)
 _PREFIX_BYTES = 5
 _COPIED_BYTES = 1 << 14
 _CONTENT_TYPE = b"application/grpc"
+_CONTENT_TYPES = (b"application/grpc+", b"application/grpc;")
 _PLAIN = frozenset(range(0x20, 0x7F)) - {ord("%")}
 
 
 class Messages:
-    """The messages of one stream, from the bytes of its DATA frames. `len` is what waits to become whole."""
+    """The messages of one stream, from the bytes of its DATA frames. `rest` is what waits to be taken."""
 
-    __slots__ = ("_max_message_bytes", "_rest")
+    __slots__ = ("_max_message_bytes", "rest")
 
     def __init__(self, max_message_bytes: int) -> None:
         self._max_message_bytes = max_message_bytes
-        self._rest: bytes | bytearray = b""
-
-    def __len__(self) -> int:
-        return len(self._rest)
+        self.rest: bytes | bytearray = b""
 
     def feed(self, data: bytes) -> None:
         """Add the bytes of a DATA frame."""
-        rest = self._rest
+        rest = self.rest
         if not rest:
-            self._rest = data
+            self.rest = data
             return
         if isinstance(rest, bytes):
-            self._rest = rest = bytearray(rest)
+            self.rest = rest = bytearray(rest)
         rest += data
 
     def take(self) -> bytes | None:
         """The next whole message, or None. Raises StatusError for one that is compressed or too large."""
-        rest = self._rest
-        if len(rest) < _PREFIX_BYTES:
+        rest = self.rest
+        there = len(rest)
+        if there < _PREFIX_BYTES:
             return None
         if rest[0]:
             raise StatusError(Status.UNIMPLEMENTED, "compressed messages are not taken")
-        end = _PREFIX_BYTES + int.from_bytes(rest[1:_PREFIX_BYTES], "big")
-        if end - _PREFIX_BYTES > self._max_message_bytes:
+        size = int.from_bytes(rest[1:_PREFIX_BYTES], "big")
+        if size > self._max_message_bytes:
             raise StatusError(Status.RESOURCE_EXHAUSTED, f"a message may have at most {self._max_message_bytes} bytes")
-        if len(rest) < end:
+        end = _PREFIX_BYTES + size
+        if there < end:
             return None
-        if len(rest) == end and isinstance(rest, bytes):
-            self._rest = b""
-            return rest[_PREFIX_BYTES:]
         if isinstance(rest, bytes):
-            self._rest = rest = bytearray(rest)
+            if there == end:
+                self.rest = b""
+                return rest[_PREFIX_BYTES:]
+            self.rest = rest = bytearray(rest)
         with memoryview(rest) as view, view[_PREFIX_BYTES:end] as part:
             message = bytes(part)
         del rest[:end]  # bytearray moves its start, not its bytes
@@ -66,7 +66,7 @@ class Messages:
 
     def clear(self) -> None:
         """Forget what waits."""
-        self._rest = b""
+        self.rest = b""
 
 
 class LazyMetadata(Mapping[str, str]):
@@ -94,8 +94,8 @@ def refused_as_http(fields: Mapping[bytes, bytes]) -> Headers | None:
     """What a request that is not gRPC at all gets, or None: 405 or 415, as the specification says."""
     if fields.get(b":method") != b"POST":
         return ((b":status", b"405"), (b"allow", b"POST"))
-    kind, rest = fields.get(b"content-type", b"")[:16], fields.get(b"content-type", b"")[16:17]
-    if kind != _CONTENT_TYPE or rest not in (b"", b"+", b";"):
+    kind = fields.get(b"content-type", b"")
+    if kind != _CONTENT_TYPE and not kind.startswith(_CONTENT_TYPES):
         return ((b":status", b"415"),)
     return None
 

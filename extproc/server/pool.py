@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 BEAT_EVERY_S = 0.2
@@ -31,7 +31,7 @@ _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.0, 5.0
 _STEADY_S = 5.0
 _END_TIMEOUT_S = 12.0
 
-BEAT, READY, RELOADED, NOT_RELOADED = b".", b"r", b"R", b"E"
+BEAT, READY, RELOADED, NOT_RELOADED, RECONCILED = b".", b"r", b"R", b"E", b"J"
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ class _Slot:
     restarts: int = -1
     backoff_s: float = _FIRST_BACKOFF_S
     fork_at: float = 0.0
-    reloading: bool = field(default=False)
+    reloading: bool = False
+    reconciling: bool = False
 
 
 class Pool:
@@ -178,6 +179,9 @@ class Pool:
             if not self._said_ready and all(each.ready for each in self._slots):
                 self._said_ready = True
                 self._say("ready")
+        if RECONCILED in beats and slot.reconciling:
+            slot.reconciling = False
+            self._say("reconciled")
         if RELOADED in beats or NOT_RELOADED in beats:
             slot.reloading = False
             self._after_reload()
@@ -219,6 +223,9 @@ class Pool:
         slot.pid, slot.hear, slot.tell, slot.fork_at = 0, -1, -1, now + slot.backoff_s
         slot.reloading = False
         self._after_reload()
+        if slot.reconciling:
+            slot.reconciling = False
+            self._say("not-reconciled")
 
     # Commands
 
@@ -236,6 +243,8 @@ class Pool:
             word, _, rest = line.decode().partition(" ")
             if word == "reload":
                 self._reload(Path(rest))
+            elif word == "reconcile":
+                self._pass_on(line)
 
     def _reload(self, file: Path) -> None:
         try:
@@ -249,6 +258,17 @@ class Pool:
                 with suppress(OSError):
                     os.write(slot.tell, f"reload {file}\n".encode())
         self._after_reload()
+
+    def _pass_on(self, line: bytes) -> None:
+        """Any one worker does."""
+        now = time.monotonic()
+        for slot in self._slots:
+            if slot.ready and now - slot.last_beat < _STOPPED_AFTER_S:
+                with suppress(OSError):
+                    os.write(slot.tell, line + b"\n")
+                    slot.reconciling = True
+                    return
+        self._say("not-reconciled")
 
     def _after_reload(self) -> None:
         if self._reloading is not None and not any(slot.reloading for slot in self._slots):

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import shutil
 import signal
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,6 +30,7 @@ from extproc.server.board import Board
 from extproc.server.children import Child
 from extproc.server.envoy_admin import EnvoyAdmin, check_port_free
 from extproc.server.envoy_folder import ConfigRejectedError, EnvoyFolder
+from extproc.server.journals import Journals, files_in
 from extproc.server.reload import BadConfigError, Loaded, Reloader
 from extproc.server.screen import Screen
 from extproc.server.watch import passed_of
@@ -40,6 +43,9 @@ _DRAIN_LISTENER_S = 600
 _END_TIMEOUT_S = 5.0
 _WORKERS_END_TIMEOUT_S = 14.0
 _RELOAD_TIMEOUT_S = 5.0
+_RECONCILE_TIMEOUT_S = 60.0
+_JOURNAL_EVERY_S = 2.0
+_POOL_ANSWERS = frozenset(("reloaded", "not-reloaded", "reconciled", "not-reconciled"))
 _LAST_RECORDS_S = 0.5
 """Envoy sends its last access-log entries within its flush interval (0.1 s)."""
 
@@ -67,6 +73,9 @@ class Supervisor:
         self._pool: Child | None = None
         self._workers: dict[int, tuple[int, int]] = {}
         self._pool_answer: asyncio.Future[str] | None = None
+        self._asking = asyncio.Lock()
+        self._suspect = False
+        """A worker has died since the journal was last put before the ledger."""
         self._reloader = Reloader(file, first, environ, self._apply)
         self._state: Literal["starting", "serving", "draining"] = "starting"
 
@@ -106,6 +115,7 @@ class Supervisor:
 
     async def run(self) -> None:
         """Start all, wait for the signal, drain, end all. Raises ChildFailedError or OSError where a part can not."""
+        os.umask(0o077)  # what a gateway writes (ledger, journal, sockets) is its owner's alone
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for wanted in (signal.SIGTERM, signal.SIGINT):
@@ -114,7 +124,13 @@ class Supervisor:
         check_port_free(self._snapshot.listen)
         async with AsyncExitStack() as stack:
             run_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="extproc-", ignore_cleanup_errors=True))
-            self._deployment = Deployment(PurePosixPath(run_dir), PurePosixPath(system_ca_bundle()), self._size.workers)
+            self._journals = Journals(self._snapshot.folder)
+            self._deployment = Deployment(
+                PurePosixPath(run_dir),
+                PurePosixPath(system_ca_bundle()),
+                self._size.workers,
+                journal=self._journals.file,
+            )
             self._board = Board(Path(self._deployment.board))
             self._board.know(self._snapshot.providers)
             self._folder = EnvoyFolder(self._deployment)
@@ -124,13 +140,16 @@ class Supervisor:
             await self._start_all()
             self._state = "serving"
             self._screen.welcome(self._snapshot)
-            reloads = asyncio.create_task(self._show_reloads())
+            beside = [asyncio.create_task(self._show_reloads()), asyncio.create_task(self._keep_journal())]
             await stop.wait()
-            reloads.cancel()
+            for task in beside:
+                task.cancel()
             self._state = "draining"
             self._screen.note("ending: open requests may finish")
             await self._envoy_admin.drain(_DRAIN_S)
             await asyncio.sleep(_LAST_RECORDS_S)
+            if not self._suspect or await self._reconcile([Path(self._journals.file)]):
+                stack.callback(self._journals.close)
 
     async def _start_all(self) -> None:
         await self._start_demo(self._snapshot)
@@ -164,23 +183,51 @@ class Supervisor:
         await self._folder.replace(loaded.snapshot, loaded.secrets, self._envoy_admin, also=before)
         copy = self._copy(loaded)
         self._board.know(loaded.snapshot.providers)
-        answer = await self._ask_pool(f"reload {copy}")
+        answer = await self._ask_pool(f"reload {copy}", _RELOAD_TIMEOUT_S)
         if answer != f"reloaded {loaded.snapshot.revision}":
             raise ConfigRejectedError(f"the workers did not take this configuration: {answer}")
         if self._pool is not None:
             self._pool.command = self._workers_command(copy)
 
-    async def _ask_pool(self, command: str) -> str:
+    async def _ask_pool(self, command: str, timeout_s: float) -> str:
+        """One question at a time."""
         pool = self._pool
-        assert pool is not None  # noqa: S101  (reloads begin when all has started)
-        self._pool_answer = asyncio.get_running_loop().create_future()
-        try:
-            pool.send(f"{command}\n".encode())
-            return await asyncio.wait_for(self._pool_answer, _RELOAD_TIMEOUT_S)
-        except (TimeoutError, OSError):
-            return "no answer"
-        finally:
-            self._pool_answer = None
+        assert pool is not None  # noqa: S101  (nothing is asked before all has started)
+        async with self._asking:
+            self._pool_answer = asyncio.get_running_loop().create_future()
+            try:
+                pool.send(f"{command}\n".encode())
+                return await asyncio.wait_for(self._pool_answer, timeout_s)
+            except (TimeoutError, OSError):
+                return "no answer"
+            finally:
+                self._pool_answer = None
+
+    # The journal
+
+    async def _keep_journal(self) -> None:
+        """Settle what earlier runs left, what a dead worker may have lost, and what has grown too large."""
+        for folder in self._journals.left_behind():
+            if await self._reconcile(files_in(folder)):
+                shutil.rmtree(folder, ignore_errors=True)
+        while True:
+            await asyncio.sleep(_JOURNAL_EVERY_S)
+            if self._suspect:
+                self._suspect = False
+                self._suspect = not await self._reconcile([Path(self._journals.file)])
+            aside = self._journals.put_aside()
+            if aside is not None:
+                await self._envoy_admin.reopen_logs()
+                await asyncio.sleep(_LAST_RECORDS_S)
+                if not self._suspect or await self._reconcile([aside]):
+                    aside.unlink()
+
+    async def _reconcile(self, files: Iterable[Path]) -> bool:
+        """Have a worker put these journals before the ledger; False where none could."""
+        for file in files:
+            if file.exists() and await self._ask_pool(f"reconcile {file}", _RECONCILE_TIMEOUT_S) != "reconciled":
+                return False
+        return True
 
     def _copy(self, loaded: Loaded) -> Path:
         """The bytes that the workers compile, and which variables are set where they were read."""
@@ -219,7 +266,7 @@ class Supervisor:
         command = (
             *(str(binary), "-c", str(self._folder.bootstrap), "--log-level", "error", "--use-dynamic-base-id"),
             *("--concurrency", str(self._size.envoy_threads), "--drain-time-s", str(_DRAIN_LISTENER_S)),
-            *("--drain-strategy", "immediate"),
+            *("--drain-strategy", "immediate", "--file-flush-interval-msec", "100"),
         )
         return Child("Envoy", command, self._bare_environ(), lambda _: None, until_ready=admin.wait_live)
 
@@ -248,10 +295,12 @@ class Supervisor:
         if word == "worker":
             number, pid, restarts = (int(part) for part in rest.split())
             self._workers[number] = (pid, restarts)
+            if restarts or (self._pool is not None and self._pool.restarts):
+                self._suspect = True
             if restarts:
                 self._screen.note(f"worker {number} was replaced (process {pid})")
-        elif word in ("reloaded", "not-reloaded") and self._pool_answer is not None and not self._pool_answer.done():
-            self._pool_answer.set_result(f"{word} {rest}")
+        elif word in _POOL_ANSWERS and self._pool_answer is not None and not self._pool_answer.done():
+            self._pool_answer.set_result(f"{word} {rest}".strip())
 
 
 def _says_ready(line: bytes) -> bool:

@@ -62,7 +62,7 @@ def _ledger_remark(made: Bench, running: Gateway) -> str:
 
 def _rows(running: Gateway) -> int:
     with closing(sqlite3.connect(f"file:{running.folder / 'ledger.db'}?mode=ro", uri=True)) as connection:
-        count: int = connection.execute("select count(*) from ledger where status = 200").fetchone()[0]
+        count: int = connection.execute("select count(*) from ledger ").fetchone()[0]
         return count
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.bench import rounds
@@ -34,6 +34,9 @@ FIRST_KEY = KEY.format(0)
 BARE, WHOLE, DECIDING = "bare Envoy", "gateway", "deciding alone"
 _RECORDING = ("answer", "usage", "json-usage", "mended")
 _KIB = 1024
+_STEADY_PER_S = 1000.0
+_FEW = (10, 5)
+_SETTLE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,13 @@ class Bench:
         run = Run("closed", target.port, chat, requests=requests, connections=connections)
         return rounds.measure(self.load, target, run, self.outcomes)
 
+    def open_loop(self, name: str, rate_per_s: float) -> Sample:
+        """One round of `size.seconds` at a rate that does not depend on the answers."""
+        target = self.targets[name]
+        requests = int(rate_per_s * self.size.seconds)
+        run = Run("open", target.port, Chat(FIRST_KEY), requests=requests, connections=16, rate_per_s=rate_per_s)
+        return rounds.measure(self.load, target, run, self.outcomes)
+
 
 @contextmanager
 def bench(size: Size, concurrency: int) -> Iterator[tuple[Bench, Gateway]]:
@@ -122,13 +132,11 @@ def _per_s(sample: Sample) -> float:
     return sample.per_s
 
 
-def _cost_row(
-    case: str, figure: str, samples: list[Sample], base: list[Sample], aim: str = "", unit: str = "us"
-) -> Row:
+def _cost_row(case: str, figure: str, samples: list[Sample], base: list[Sample], aim: str = "") -> Row:
     return Row(
         case,
         figure,
-        unit,
+        "us",
         rounds.middle(samples, _total),
         rounds.middle(base, _total),
         rounds.ratio(samples, base, _total),
@@ -164,17 +172,20 @@ def saturation(bench: Bench) -> list[Row]:
     ]
 
 
+def steady(bench: Bench) -> list[Row]:
+    """CPU per request where all meet the same 1,000 requests a second, which none is saturated by."""
+    found = rounds.interleaved(
+        (BARE, DECIDING, WHOLE), bench.size.rounds, lambda name: bench.open_loop(name, _STEADY_PER_S)
+    )
+    return [
+        _cost_row("steady", "CPU at 1,000/s, deciding alone", found[DECIDING], found[BARE], "at most 3.2"),
+        _cost_row("steady", "CPU at 1,000/s, whole path", found[WHOLE], found[BARE], "at most 4.5, better 3.6"),
+    ]
+
+
 def latency(bench: Bench) -> list[Row]:
-    """What the gateway adds at 100 requests a second, one each 10 ms whatever comes back."""
-    rate_per_s = 100.0
-    requests = int(rate_per_s * bench.size.seconds)
-
-    def take(name: str) -> Sample:
-        target = bench.targets[name]
-        run = Run("open", target.port, Chat(FIRST_KEY), requests=requests, connections=16, rate_per_s=rate_per_s)
-        return rounds.measure(bench.load, target, run, bench.outcomes)
-
-    found = rounds.interleaved((BARE, WHOLE), bench.size.rounds, take)
+    """What the gateway adds at 100 requests a second, sent whatever comes back."""
+    found = rounds.interleaved((BARE, WHOLE), bench.size.rounds, lambda name: bench.open_loop(name, 100.0))
     rows = []
     for share, name, aim in ((0.5, "p50", "at most 1 ms"), (0.99, "p99", "")):
         base, whole = (rounds.percentile_us(found[target], share) / 1000 for target in (BARE, WHOLE))
@@ -208,29 +219,34 @@ def chunks(bench: Bench) -> list[Row]:
 
 
 def memory(bench: Bench) -> list[Row]:
-    """Resident memory of idle streams: opened, one chunk received, then silence."""
-    grown = {name: _grown_bytes(bench, name) for name in (BARE, WHOLE)}
+    """Resident memory of idle streams: opened, one chunk received, then silence. In processes that are new."""
+    with ExitStack() as stack:
+        bare = stack.enter_context(bare_envoy(bench.upstream_port, bench.concurrency))
+        whole, _ = stack.enter_context(gateway(bench.upstream_port, concurrency=bench.concurrency, name="memory"))
+        grown = [_grown_kib(bench, target) for target in (bare, whole)]
+        left = [{role: size / _KIB**2 for role, size in target.rss_bytes().items()} for target in (bare, whole)]
+    base, mine = (sum(each.values()) for each in grown)
+    one = mine / base if base > 0 else 0.0
+    figure = f"an idle stream, of {bench.size.idle_streams:,}"
+    return [
+        Row("memory", figure, "KiB", mine, base, Ratio(one, one, one), grown[1]),
+        Row("memory", "resident after they closed", "MiB", sum(left[1].values()), sum(left[0].values()), parts=left[1]),
+    ]
+
+
+def _grown_kib(bench: Bench, target: Target) -> dict[str, float]:
+    """What each idle stream adds, by part."""
     streams = bench.size.idle_streams
-    per_stream = {name: {role: size / streams / _KIB for role, size in sizes.items()} for name, sizes in grown.items()}
-    base, whole = (sum(per_stream[name].values()) for name in (BARE, WHOLE))
-    one = whole / base if base > 0 else 0.0
-    rows = [Row("memory", f"an idle stream of {streams}", "KiB", whole, base, Ratio(one, one, one), per_stream[WHOLE])]
-    for name in (BARE, WHOLE):
-        resting = {role: size / _KIB**2 for role, size in bench.targets[name].rss_bytes().items()}
-        rows.append(Row("memory", f"{name}, after they closed", "MiB", sum(resting.values()), parts=resting))
-    return rows
-
-
-def _grown_bytes(bench: Bench, name: str) -> dict[str, int]:
-    target = bench.targets[name]
-    before = target.rss_bytes()
-    held = Run("hold", target.port, Chat(FIRST_KEY, chunks=HOLD), connections=bench.size.idle_streams, timeout_s=120)
-    bench.outcomes.note(target.name, bench.load.run(held))
-    time.sleep(1.0)
+    warm = Run("closed", target.port, Chat(FIRST_KEY), requests=500)
+    held = Run("hold", target.port, Chat(FIRST_KEY, chunks=HOLD), connections=streams, timeout_s=120)
+    for run in (warm, held):
+        before = target.rss_bytes()
+        bench.outcomes.note(target.name, bench.load.run(run))
+    time.sleep(_SETTLE_S)
     during = target.rss_bytes()
     bench.load.run(Run("release", target.port, Chat(FIRST_KEY)))
-    time.sleep(1.0)
-    return {role: during[role] - before[role] for role in during}
+    time.sleep(_SETTLE_S)
+    return {role: (during[role] - before[role]) / streams / _KIB for role in during}
 
 
 def bodies(bench: Bench) -> list[Row]:
@@ -251,29 +267,31 @@ def bodies(bench: Bench) -> list[Row]:
 
 
 def scale(bench: Bench) -> list[Row]:
-    """Few keys and models against many, in two gateways, each request with the next key and model in turn."""
-    few, many = (10, 5), (bench.size.keys, bench.size.models)
-    sides = {f"{keys:,} keys, {models} models": (keys, models) for keys, models in (few, many)}
+    """Few keys and models against many, in two gateways: the same number of them in use, and all of them in use."""
+    keys, models = bench.size.keys, bench.size.models
+    small, large = (f"{number:,} keys, {of} models" for number, of in (_FEW, (keys, models)))
+    in_use = Chat(KEY, NUMBERED_MODEL, keys=_FEW[0], models=_FEW[1])
+    spread = replace(in_use, key_stride=keys // _FEW[0], model_stride=models // _FEW[1])
+    every = Chat(KEY, NUMBERED_MODEL, keys=keys, models=models)
+    sides = {small: (small, in_use), large: (large, spread), "all": (large, every)}
     with ExitStack() as stack:
         started: dict[str, Target] = {}
-        for name, (keys, models) in sides.items():
-            made = gateway(bench.upstream_port, keys=keys, models=models, concurrency=bench.concurrency, name=name)
+        for name, (number, of) in ((small, _FEW), (large, (keys, models))):
+            made = gateway(bench.upstream_port, keys=number, models=of, concurrency=bench.concurrency, name=name)
             started[name], _ = stack.enter_context(made)
 
         def take(name: str) -> Sample:
-            keys, models = sides[name]
-            chat = Chat(KEY, NUMBERED_MODEL, keys=keys, models=models)
-            target = started[name]
+            target, chat = started[sides[name][0]], sides[name][1]
             run = Run("closed", target.port, chat, requests=bench.size.requests)
             return rounds.measure(bench.load, target, run, bench.outcomes)
 
-        for name in sides:
+        for name in (small, large):
             take(name)
         found = rounds.interleaved(list(sides), bench.size.rounds, take)
-    small, large = sides
-    noise = _noise(found[small])
+    aim = f"1.0 (noise {_noise(found[small]):.0%})"
     return [
-        _cost_row("scale", f"CPU, {large} against {small}", found[large], found[small], f"1.0 (noise {noise:.0%})"),
+        _cost_row("scale", f"CPU, {large} against {small}", found[large], found[small], aim),
+        _cost_row("scale", "the same, a key and model new to each request", found["all"], found[small]),
     ]
 
 
@@ -285,6 +303,7 @@ def _noise(samples: list[Sample]) -> float:
 
 CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "saturation": saturation,
+    "steady": steady,
     "latency": latency,
     "chunks": chunks,
     "memory": memory,

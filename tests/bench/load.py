@@ -15,7 +15,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from typing import Literal
+from random import Random
+from typing import Literal, cast
 
 import uvloop
 
@@ -27,6 +28,7 @@ _LENGTH = re.compile(rb"\r\ncontent-length:\s*(\d+)", re.IGNORECASE)
 _LAST_CHUNK = b"0\r\n\r\n"
 _OPENING_AT_ONCE = 50
 _SHOWN_BYTES = 400
+_SEED = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,8 @@ class Run:
     """What to send to `port`.
 
     `closed`: `requests` in all, each of `connections` sending the next when it has its answer. `open`: `requests` in
-    all, one each 1/`rate_per_s` seconds whatever comes back. `hold`: a stream on each of `connections`, left open once
-    its first chunk is there. `release`: close what `hold` opened.
+    all, `rate_per_s` whatever comes back, at random times that are the same for every target. `hold`: a stream on each
+    of `connections`, left open once its first chunk is there. `release`: close what `hold` opened.
     """
 
     how: How
@@ -79,8 +81,7 @@ class Connection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its bases
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -198,9 +199,11 @@ class Generator:
             self._put_back(connection)
 
         async def send_all() -> None:
-            began = self._loop.time()
-            for number in range(run.requests):
-                await asyncio.sleep(max(0.0, began + number / run.rate_per_s - self._loop.time()))
+            due = self._loop.time()
+            arrivals = Random(_SEED)
+            for _ in range(run.requests):
+                due += arrivals.expovariate(run.rate_per_s)
+                await asyncio.sleep(max(0.0, due - self._loop.time()))
                 connection = next(iter(self._take(run.port, 1)), None) or await self._connect(run.port)
                 tally.busy.add(connection)
                 connection.send(self._next(run), on_answer)

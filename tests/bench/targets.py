@@ -1,4 +1,4 @@
-"""What is measured: bare Envoy, the whole gateway, and an Envoy that runs the gateway's configuration with parts left out.
+"""What is measured: bare Envoy, the gateway, and an Envoy that runs the gateway's configuration with parts left out.
 
 Started here, ended here. The surprising thing: a part is left out of what the gateway's own Envoy says that it runs
 (`/config_dump`), not of what render makes, so this does not care how configuration reaches Envoy.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count, cycle
 
 MODEL = "gpt-4o-mini"
@@ -22,13 +23,15 @@ _PROSE = (
     "nobody may send never reaches a provider, and one that is sent is written down with what it used and cost. "
 )
 _MESSAGE_BYTES = 1500
+_TOKENS_PER_BYTE = 0.21
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Chat requests of one kind: `body_bytes` each, spread over `keys` keys and `models` models.
+    """Chat requests of one kind: `body_bytes` each, with `keys` keys and `models` models in turn.
 
-    `key` and `model` are formats that take a number, or plain text. `chunks` 0 asks for JSON, any other for a stream.
+    `key` and `model` are formats that take a number, or plain text; the numbers are apart by the strides. `chunks` 0
+    asks for JSON, any other number for a stream.
     """
 
     key: str
@@ -37,17 +40,19 @@ class Chat:
     chunks: int = 0
     keys: int = 1
     models: int = 1
+    key_stride: int = 1
+    model_stride: int = 1
     headers: tuple[str, ...] = ()
 
     def requests(self, port: int) -> list[bytes]:
         """Every distinct request, as the bytes on a connection to `port`."""
-        numbers = range(max(self.keys, self.models))
-        bodies = [chat_body(_named(self.model, model), self.body_bytes, self.chunks) for model in range(self.models)]
-        return [
-            _head(port, _named(self.key, number % self.keys), bodies[number % self.models], self.headers)
-            + bodies[number % self.models]
-            for number in numbers
-        ]
+        models = [_named(self.model, number * self.model_stride) for number in range(self.models)]
+        keys = [_named(self.key, number * self.key_stride) for number in range(self.keys)]
+        bodies = [chat_body(model, self.body_bytes, self.chunks) for model in models]
+        pairs = (
+            (keys[number % self.keys], bodies[number % self.models]) for number in range(max(len(keys), len(models)))
+        )
+        return [_head(port, key, body, self.headers) + body for key, body in pairs]
 
 
 def _named(form: str, number: int) -> str:
@@ -86,8 +91,9 @@ def chat_body(model: str, size_bytes: int, chunks: int) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-def json_answer() -> bytes:
-    """A chat completion of about 2 KB with its usage, head and all."""
+@lru_cache
+def json_answer(request_bytes: int) -> bytes:
+    """A chat completion of about 2 KB with the usage of a request of that size, head and all."""
     text = (_PROSE * 8)[:1600]
     answer = {
         "id": "chatcmpl-bench",
@@ -95,7 +101,7 @@ def json_answer() -> bytes:
         "created": 1767225600,
         "model": MODEL,
         "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
-        "usage": _usage(),
+        "usage": _usage(request_bytes),
     }
     body = json.dumps(answer, separators=(",", ":")).encode()
     head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -112,9 +118,10 @@ def stream_chunk() -> bytes:
     return _chunk(_event([{"index": 0, "delta": {"content": " word"}, "finish_reason": None}]))
 
 
-def stream_end() -> bytes:
+@lru_cache
+def stream_end(request_bytes: int) -> bytes:
     """The usage event, `[DONE]` and the end of the transfer encoding."""
-    return _chunk(_event([], usage=_usage())) + _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+    return _chunk(_event([], usage=_usage(request_bytes))) + _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
 def _event(choices: list[dict[str, object]], **more: object) -> bytes:
@@ -122,8 +129,10 @@ def _event(choices: list[dict[str, object]], **more: object) -> bytes:
     return b"data: " + json.dumps({**head, "choices": choices, **more}, separators=(",", ":")).encode() + b"\n\n"
 
 
-def _usage() -> dict[str, int]:
-    return {"prompt_tokens": 420, "completion_tokens": 300, "total_tokens": 720}
+def _usage(request_bytes: int) -> dict[str, int]:
+    """In proportion to the request, as a provider's is: the gateway learns from it, and counts anew if surprised."""
+    asked = round(request_bytes * _TOKENS_PER_BYTE)
+    return {"prompt_tokens": asked, "completion_tokens": 300, "total_tokens": asked + 300}
 
 
 def _chunk(data: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """A provider that costs next to nothing: a process of its own that answers chat requests with bytes built beforehand.
 
-`python -m tests.bench.upstream` prints its port and ends when standard input does. The surprising thing: it never parses
-JSON. It counts a body's bytes and looks for one mark in its first two kilobytes (`traffic.MARK`).
+`python -m tests.bench.upstream` prints its port and ends when standard input does. The surprising thing: it never
+parses JSON. It counts a body's bytes and looks for one mark in its first two kilobytes (`traffic.MARK`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
+from typing import cast
 
 import uvloop
 
@@ -20,7 +21,7 @@ _CHUNKED = re.compile(rb"\r\ntransfer-encoding:\s*chunked", re.IGNORECASE)
 _LENGTH = re.compile(rb"\r\ncontent-length:\s*(\d+)", re.IGNORECASE)
 _WANTED = re.compile(re.escape(MARK) + rb"(-?\d+)")
 _LAST_CHUNK = b"0\r\n\r\n"
-_JSON, _HEAD, _CHUNK, _END = json_answer(), stream_head(), stream_chunk(), stream_end()
+_HEAD, _CHUNK = stream_head(), stream_chunk()
 
 
 class Upstream(asyncio.Protocol):
@@ -32,10 +33,10 @@ class Upstream(asyncio.Protocol):
         self._held = bytearray()
         self._in_body = False
         self._missing: int | None = None
+        self._body_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is one in all but its bases
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -49,8 +50,10 @@ class Upstream(asyncio.Protocol):
             head, data = bytes(self._held[: end + 2]), bytes(self._held[end + 4 :])
             self._held.clear()
             self._in_body = True
+            self._body_bytes = 0
             length = _LENGTH.search(head)
             self._missing = int(length[1]) if length else None if _CHUNKED.search(head) else 0
+        self._body_bytes += len(data)
         room = MARK_WITHIN_BYTES - len(self._held)
         if room > 0:
             self._held += data[:room]
@@ -66,7 +69,7 @@ class Upstream(asyncio.Protocol):
         self._held.clear()
         self._in_body = False
         if chunks == 0:
-            self._transport.write(_JSON)
+            self._transport.write(json_answer(self._body_bytes))
             return
         self._transport.write(_HEAD)
         self._stream(chunks)
@@ -75,7 +78,7 @@ class Upstream(asyncio.Protocol):
         if self._transport is None:
             return
         if left == 0:
-            self._transport.write(_END)
+            self._transport.write(stream_end(self._body_bytes))
             return
         self._transport.write(_CHUNK)
         if left != HOLD:

@@ -104,9 +104,7 @@ def test_stream_with_usage_asked_for_agrees_with_the_ledger(gateway: Gateway, cl
     assert not row["estimated"]
 
 
-def test_stream_without_usage_asked_for_shows_none_and_is_charged_as_reported(
-    gateway: Gateway, client: OpenAI
-) -> None:
+def test_stream_without_usage_asked_for_shows_none_and_is_charged_as_reported(gateway: Gateway, client: OpenAI) -> None:
     chunks = client.chat.completions.with_raw_response.create(
         model="small",
         messages=[{"role": "user", "content": "Count to three."}],

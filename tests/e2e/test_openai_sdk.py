@@ -1,12 +1,11 @@
 """The official OpenAI SDK against the gateway, unchanged but for its base URL and key; every warning is an error.
 
 Behind the gateway stands the recording upstream, so each test sees both ends: what the SDK made of the answer, and
-what the provider was sent.
+what the provider was sent. What the SDK raises for refusals is in `test_sdk_errors`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -14,13 +13,12 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.gateway import KEY, NARROW_KEY, PROVIDER_SECRET, Gateway, config, digest, free_port
+from tests.gateway import KEY, NARROW_KEY, PROVIDER_SECRET, Gateway, config, digest
 from tests.upstream import Recorded, RecordingUpstream, Reply, sse
 from tests.upstream_answers import TEXT, compact
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("error")]
 
-MAX_BODY_BYTES = 65536
 USER: Any = [{"role": "user", "content": "What is an Envoy?"}]
 WEATHER_TOOL: Any = {
     "type": "function",
@@ -53,7 +51,6 @@ def gateway(upstream: RecordingUpstream, tmp_path_factory: pytest.TempPathFactor
     sections = config(
         providers={
             "acme": {"kind": "openai", "endpoint": f"{upstream.url}/v1", "api_key": {"env": "PROVIDER_KEY"}},
-            "gone": {"kind": "openai", "endpoint": f"http://127.0.0.1:{free_port()}/v1"},
             "claude": {"kind": "anthropic", "endpoint": upstream.url, "api_key": {"env": "PROVIDER_KEY"}},
             "demo": {"kind": "demo"},
         },
@@ -61,7 +58,6 @@ def gateway(upstream: RecordingUpstream, tmp_path_factory: pytest.TempPathFactor
             "gpt-test": {"targets": [{"provider": "acme"}]},
             "alias": {"targets": [{"provider": "acme", "model": "gpt-real"}]},
             "narrow": {"targets": [{"provider": "acme"}]},
-            "down": {"targets": [{"provider": "gone"}]},
             "claude-test": {"targets": [{"provider": "claude"}]},
             "demo": {"targets": [{"provider": "demo"}]},
         },
@@ -73,7 +69,6 @@ def gateway(upstream: RecordingUpstream, tmp_path_factory: pytest.TempPathFactor
             },
             "narrow": narrow,
         },
-        listen={"max_body_bytes": MAX_BODY_BYTES},
     )
     with Gateway(tmp_path_factory.mktemp("openai-sdk"), sections) as running:
         yield running
@@ -248,7 +243,7 @@ def test_input_tokens_are_counted_by_the_provider(client: openai.OpenAI, upstrea
 
 def test_models_lists_what_this_key_may_use(client: openai.OpenAI, gateway: Gateway) -> None:
     page = client.models.list()
-    assert {model.id for model in page} == {"gpt-test", "alias", "narrow", "down", "claude-test", "demo"}
+    assert {model.id for model in page} == {"gpt-test", "alias", "narrow", "claude-test", "demo"}
     with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=NARROW_KEY, max_retries=0) as narrow:
         assert [model.id for model in narrow.models.list()] == ["narrow", "demo"]
         with pytest.raises(openai.NotFoundError) as caught:

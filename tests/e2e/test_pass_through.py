@@ -205,7 +205,8 @@ def test_batches_and_fine_tuning_jobs_reach_the_default_provider(
     assert last(upstream, "POST", "/v1/fine_tuning/jobs").json["model"] == "not-a-model-of-ours"
 
 
-PASS_THROUGH_CALLS: list[tuple[str, str, dict[str, Any]]] = [
+Call = tuple[str, str, dict[str, Any]]
+NAMELESS_CALLS: list[Call] = [
     ("GET", "/v1/files", {}),
     ("POST", "/v1/files", {"files": {"file": ("a", b"x")}}),
     ("GET", "/v1/files/file-1/content", {}),
@@ -220,41 +221,40 @@ PASS_THROUGH_CALLS: list[tuple[str, str, dict[str, Any]]] = [
     ("GET", "/v1/vector_stores", {}),
     ("GET", "/v1/chat/completions", {}),
 ]
+each_nameless_call = pytest.mark.parametrize(
+    "call", NAMELESS_CALLS, ids=[f"{call[0]} {call[1]}" for call in NAMELESS_CALLS]
+)
 
 
-@pytest.mark.parametrize(("method", "path", "call"), PASS_THROUGH_CALLS)
+def ask(gateway: Gateway, call: Call, key: str) -> httpx.Response:
+    method, path, content = call
+    return httpx.request(method, gateway.url + path, headers={"authorization": f"Bearer {key}"}, **content)
+
+
+@each_nameless_call
 @pytest.mark.parametrize(
-    ("key", "status", "code"),
+    ("key", "refusal"),
     [
-        (NARROW_KEY, 403, "model_not_allowed"),
-        (ORPHAN_KEY, 400, "no_default_provider"),
-        (CLAUDE_KEY, 400, "no_default_provider"),
-        ("sk-wrong", 401, "invalid_api_key"),
+        (NARROW_KEY, (403, "model_not_allowed")),
+        (ORPHAN_KEY, (400, "no_default_provider")),
+        (CLAUDE_KEY, (400, "no_default_provider")),
+        ("sk-wrong", (401, "invalid_api_key")),
     ],
 )
 def test_what_names_no_model_is_refused_without_a_right_to_all_or_a_provider_for_it(
-    gateway: Gateway,
-    upstream: RecordingUpstream,
-    method: str,
-    path: str,
-    call: dict[str, Any],
-    key: str,
-    status: int,
-    code: str,
+    gateway: Gateway, upstream: RecordingUpstream, call: Call, key: str, refusal: tuple[int, str]
 ) -> None:
-    answer = httpx.request(method, gateway.url + path, headers={"authorization": f"Bearer {key}"}, **call)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    answer = ask(gateway, call, key)
+    assert (answer.status_code, answer.json()["error"]["code"]) == refusal
     assert upstream.requests == []
 
 
-@pytest.mark.parametrize(("method", "path", "call"), PASS_THROUGH_CALLS)
-def test_the_same_passes_with_both(
-    gateway: Gateway, upstream: RecordingUpstream, method: str, path: str, call: dict[str, Any]
-) -> None:
-    answer = httpx.request(method, gateway.url + path, headers={"authorization": f"Bearer {KEY}"}, **call)
+@each_nameless_call
+def test_the_same_passes_with_both(gateway: Gateway, upstream: RecordingUpstream, call: Call) -> None:
+    answer = ask(gateway, call, KEY)
     assert (answer.status_code, answer.headers["x-extproc-provider"]) == (200, "acme")
     assert "x-extproc-model" not in answer.headers
-    assert last(upstream, method, path).target == path
+    assert last(upstream, call[0], call[1]).target == call[1]
 
 
 @pytest.mark.parametrize(

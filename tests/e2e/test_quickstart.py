@@ -97,7 +97,9 @@ def test_readme_anthropic_sdk_is_answered(without_keys: Gateway) -> None:
 def test_readme_spend_shows_what_was_asked(without_keys: Gateway) -> None:
     [snippet] = snippets("bash", "curl http://127.0.0.1:10000/v1/chat/completions")
     run(["bash", "-euc", snippet], without_keys)
-    [command] = [line for block in snippets("bash", "extproc spend") for line in block.splitlines() if " spend " in line]
+    [command] = [
+        line for block in snippets("bash", "extproc spend") for line in block.splitlines() if " spend " in line
+    ]
     words = command.partition("#")[0].replace("deploy/quickstart/gateway.yaml", str(without_keys.file)).split()
     words[:1] = [sys.executable, "-m", "extproc"]
     printed = ""

@@ -227,7 +227,7 @@ def test_other_keys_are_left_alone(key: str) -> None:
     ],
 )
 def test_types_are_judged_by_the_value_itself(raw: bytes, kind: str, fits: bool) -> None:
-    refusal = wrong_type(parsed(b'{"a":' + raw + b"}"), (("a", kind),))
+    refusal = wrong_type(parsed(b'{"a":' + raw + b"}"), {"a": kind})
     assert (refusal is None) is fits
     if refusal is not None:
         assert (refusal.code, refusal.param) == (Code.INVALID_TYPE, "a")

@@ -23,7 +23,6 @@ from extproc.stores.sql import LEDGER, METADATA, SqlLedger, StoreError, open_led
 from tests.ledger_rows import make_row
 
 
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest) -> str:
     """The URL of an empty database of each kind; a relative one starts at the test's folder."""

@@ -27,7 +27,6 @@ from extproc.stores.sql import LEDGER, open_ledger
 from tests.ledger_rows import make_row
 
 
-
 class FakeLedger:
     """A ledger in memory that can be away, slow, or refuse rows."""
 

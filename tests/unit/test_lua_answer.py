@@ -79,8 +79,8 @@ class Answered:
         self._headers = _table(headers)
         decided = {"path": "/v1/x", "stream": True, "dialect": "openai", "request_id": "id-1", **decision}
         attempts = _table(more["attempts"]) if "attempts" in more else None
-        sent, self._metadata = _runtime().globals().run(
-            _table(decided), attempts, self._headers, _runtime().table_from(list(chunks))
+        sent, self._metadata = (
+            _runtime().globals().run(_table(decided), attempts, self._headers, _runtime().table_from(list(chunks)))
         )
         self.chunks: list[bytes] = list(sent.values())
         self.body = b"".join(self.chunks)
@@ -154,7 +154,9 @@ ENDS = st.sampled_from(["\n", "\r\n", "\r"])
 def blocks(draw: st.DrawFn) -> bytes:
     """One event, or what may stand between events."""
     end = draw(ENDS)
-    lines = draw(st.lists(st.sampled_from([": keep-alive", ":", "event: usage", "id: 7", "retry: 3", "odd"]), max_size=3))
+    lines = draw(
+        st.lists(st.sampled_from([": keep-alive", ":", "event: usage", "id: 7", "retry: 3", "odd"]), max_size=3)
+    )
     if draw(st.booleans()):
         lines += [f"data:{draw(st.sampled_from(['', ' ', '  ']))}{line}" for line in draw(_data_lines())]
         lines += draw(st.lists(st.sampled_from([": inside", "id: 8"]), max_size=1))
@@ -335,10 +337,25 @@ def failed(*attempts: tuple[str, str | None, str | None], status: int = 503, **d
 @pytest.mark.parametrize(
     ("status", "attempts", "code", "message"),
     [
-        (503, (("a", "500", None), ("b", None, None)), "all_targets_failed", "Every provider failed: a (500), b (no answer)."),
+        (
+            503,
+            (("a", "500", None), ("b", None, None)),
+            "all_targets_failed",
+            "Every provider failed: a (500), b (no answer).",
+        ),
         (429, (("a", "429", None),), "rate_limited", "Every provider is rate limited: a (429)."),
-        (429, (("a", "500", None), ("b", "429", None)), "all_targets_failed", "Every provider failed: a (500), b (429)."),
-        (401, (("a", "500", None), ("b", "401", None)), "provider_auth", "The provider b refused the gateway's credential."),
+        (
+            429,
+            (("a", "500", None), ("b", "429", None)),
+            "all_targets_failed",
+            "Every provider failed: a (500), b (429).",
+        ),
+        (
+            401,
+            (("a", "500", None), ("b", "401", None)),
+            "provider_auth",
+            "The provider b refused the gateway's credential.",
+        ),
         (503, (), "gateway_unavailable", "The gateway could not reach a provider."),
     ],
 )

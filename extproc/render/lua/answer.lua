@@ -307,12 +307,7 @@ function envoy_on_response(handle)
     mend(handle, metadata, decision, status)
     return
   end
-  if not decision["stream"] then return end
-  -- Found again, the route is the one that has the stream's idle time (render/routes).
-  metadata:set(ATTEMPTS, "answering", true)
-  handle:clearRouteCache()
-  handle:metadata()
-  if string.find(headers:get("content-type") or "", "text/event-stream", 1, true)
+  if decision["stream"] and string.find(headers:get("content-type") or "", "text/event-stream", 1, true)
     and (headers:get("content-encoding") or "identity") == "identity" then
     local hide = decision["hide_usage"] == true
     if hide then headers:remove("content-length") end
