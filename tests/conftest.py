@@ -1,8 +1,13 @@
-"""What all tests share: the PostgreSQL fixtures and the option that rewrites golden files."""
+"""What all tests share: PostgreSQL fixtures, the option that rewrites golden files, hypothesis without deadlines."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is no fault of the code: what must be fast says so in its own test.
+settings.register_profile("extproc", deadline=None)
+settings.load_profile("extproc")
 
 pytest_plugins = ["tests.postgres"]
 

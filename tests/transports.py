@@ -104,7 +104,7 @@ class Scripted:
                 return (message,)
             case b"at-once":
                 return self._at_once(message)
-            case b"sleep" | b"wait" | b"late-refuse" | b"late-break" | b"mend" | b"late-done":
+            case b"sleep" | b"wait" | b"late-refuse" | b"late-break" | b"mend" | b"late-done" | b"spin":
                 return self._late(message)
             case b"count":
                 return self._count()
@@ -134,6 +134,12 @@ class Scripted:
                 # The first thing that is awaited fails, and the session knows what to do about it.
                 with suppress(ZeroDivisionError):
                     await asyncio.get_running_loop().run_in_executor(None, lambda: 1 // 0)
+            case b"spin":
+                try:
+                    while True:
+                        await asyncio.sleep(0)
+                finally:
+                    self._calls.cancelled += 1
             case b"late-done":
                 await asyncio.sleep(0.001)
                 self.done = True

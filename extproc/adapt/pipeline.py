@@ -14,17 +14,17 @@ from extproc.errors import Refusal
 from extproc.exchange import Rewrite
 
 
-class UnknownAttempt(LookupError):
+class UnknownAttemptError(LookupError):
     """Envoy made an attempt that the decision does not name. The attempt must fail, not guess."""
 
 
 def adapt(decision: Decision, attempt: int, content_type: str, body: bytes) -> Rewrite:
     """The body for attempt number `attempt` (from 1).
 
-    Raises UnknownAttempt where the decision has no such attempt, ValueError where decide's own body no longer parses.
+    Raises UnknownAttemptError where the decision has no such attempt, ValueError where decide's own body no longer parses.
     """
     if not 1 <= attempt <= len(decision.models):
-        raise UnknownAttempt(attempt)
+        raise UnknownAttemptError(attempt)
     model = decision.models[attempt - 1]
     form = read_model(body, content_type) if boundary_of(content_type) else read_json(body)
     if isinstance(form, Refusal):

@@ -7,12 +7,13 @@ A provider's credential is a reference, which only the process that renders Envo
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import lru_cache
 from pathlib import Path
-from re import Pattern, compile
+from re import Pattern
 from typing import Literal
 
 from extproc.catalog import PriceBook, Vendor
@@ -163,7 +164,7 @@ class Patterns:
 
 @lru_cache(maxsize=4096)
 def _union(globs: tuple[str, ...]) -> Pattern[str] | None:
-    return compile("|".join(f"(?:{translate(glob)})" for glob in globs)) if globs else None
+    return re.compile("|".join(f"(?:{translate(glob)})" for glob in globs)) if globs else None
 
 
 @dataclass(frozen=True, slots=True)

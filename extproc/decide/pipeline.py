@@ -90,7 +90,9 @@ class Decider:
         model = self._permitted(admitted.key, reading.model)
         if isinstance(model, Refusal):
             return self._refuse(model, admitted, reading)
-        attempts = routing.attempts(model, reading.model, admitted.endpoint, self.snapshot, self.draw, self.health)
+        attempts = routing.attempts(
+            model, reading.model, admitted.endpoint, self.snapshot, self.draw, health=self.health
+        )
         if not attempts:
             return self._refuse(_unspoken(reading.model, admitted.endpoint), admitted, reading)
         return await self._route(admitted, reading, model, attempts)

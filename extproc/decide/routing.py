@@ -65,6 +65,7 @@ def attempts(
     endpoint: Endpoint,
     snapshot: Snapshot,
     draw: Random,
+    *,
     health: Health = NothingKnown(),  # noqa: B008  (immutable)
 ) -> tuple[Attempt, ...]:
     """The targets of `model` that speak the endpoint's dialect, in the order they are to be tried.

@@ -154,15 +154,19 @@ def _said(ask: Ask, split: Split) -> str:
         return f"This is the extproc demo provider. Your tool returned: {_summary(ask.turns[-1].text)}"
     lines = [
         f"This is the extproc demo provider answering as {ask.model!r}: not a language model, but a real request.",
-        f"You wrote {len(split(question))} tokens: {_summary(question)}",
+        f"You wrote {_tokens(len(split(question)))}: {_summary(question)}",
     ]
     if ask.tools:
         lines.append(f"I call a tool when your message names it: {', '.join(tool.name for tool in ask.tools)}.")
     lines.append(
-        "Try next: ask for a stream, run `extproc spend --by team,model` to see what this cost, or set OPENAI_API_KEY"
-        " or ANTHROPIC_API_KEY and start again to reach a real model through the same address."
+        "Try next: ask for a stream, run `extproc spend FILE --by team,model` to see what this cost, or set"
+        " OPENAI_API_KEY or ANTHROPIC_API_KEY and start again to reach a real model through the same address."
     )
     return "\n".join(lines)
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
 
 
 def _last_question(ask: Ask) -> str:

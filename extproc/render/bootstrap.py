@@ -43,7 +43,7 @@ def node() -> Node:
 
 
 def admin(deployment: Deployment) -> Admin:
-    """Envoy's admin pages on a socket that is its owner's alone: they can stop it and show what it is configured with."""
+    """Envoy's admin pages, on a socket that is its owner's alone: they can stop it and show its configuration."""
     return Admin(address=Address(pipe=Pipe(path=str(deployment.admin_socket), mode=_OWNER_ONLY)))
 
 

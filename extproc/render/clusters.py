@@ -136,7 +136,7 @@ def _undecided() -> Cluster:
 
 
 def _unlimited() -> CircuitBreakers:
-    """One ext_proc stream counts as one request, and retries have a limit of 3 of their own: Envoy's defaults are low."""
+    """One ext_proc stream counts as one request, and retries have a limit of their own, 3: the defaults are low."""
     return CircuitBreakers(
         thresholds=[
             CircuitBreakersThresholds(
@@ -233,7 +233,7 @@ def _filters(provider: Provider, snapshot: Snapshot, deployment: Deployment, *, 
     if adapts:
         filters.append(_adapt(provider))
     if provider.secret is not None:
-        filters.append(_credential(provider, deployment))
+        filters += [_credential(provider, deployment), _withhold(provider)]
     return [*filters, HttpFilter(name="codec", typed_config=Any.pack(UpstreamCodec()))]
 
 
@@ -283,6 +283,14 @@ def _attempt(provider: Provider) -> HttpFilter:
     constants = f"local PROVIDER, BASE_PATH, CUT_BYTES = {_lua(provider.name)}, {_lua(base_path)}, {cut_bytes}\n"
     lua = Lua(default_source_code=DataSource(inline_string=constants + script("attempt.lua")))
     return HttpFilter(name="attempt", typed_config=Any.pack(lua))
+
+
+def _withhold(provider: Provider) -> HttpFilter:
+    kind = KINDS[provider.kind]
+    header, prefix_bytes = _lua(kind.credential_header), len(kind.credential_prefix)
+    constants = f"local CREDENTIAL_HEADER, PREFIX_BYTES = {header}, {prefix_bytes}\n"
+    lua = Lua(default_source_code=DataSource(inline_string=constants + script("withhold.lua")))
+    return HttpFilter(name="withhold", typed_config=Any.pack(lua))
 
 
 def _lua(text: str) -> str:

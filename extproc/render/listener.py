@@ -66,6 +66,8 @@ from extproc.render.usage import usage_filters
 _CONNECTION_BUFFER_BYTES = 1 << 20
 _DECIDE_TIMEOUT_S = 5.0
 _REQUEST_HEADERS_TIMEOUT_S = 30.0
+_UPLOAD_IDLE_S = 300.0
+"""Until decide has chosen a route, which has an idle time of its own: how long an upload may stand still."""
 
 
 def listener(
@@ -97,7 +99,7 @@ def listener(
         use_remote_address=True,
         skip_xff_append=True,
         server_header_transformation=HttpConnectionManagerServerHeaderTransformation.PASS_THROUGH,
-        stream_idle_timeout=timedelta(seconds=snapshot.timeouts.stream_idle_s),
+        stream_idle_timeout=timedelta(seconds=_UPLOAD_IDLE_S),
         request_headers_timeout=timedelta(seconds=_REQUEST_HEADERS_TIMEOUT_S),
     )
     return Listener(

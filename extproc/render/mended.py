@@ -1,8 +1,8 @@
 """The filter that says what lua/answer.lua has worded: the gateway's own answer in place of a provider's failure.
 
-Part of the listener, outside the Lua filter, so it runs after it on the way back. The surprising thing: Lua can not end
-a response. Its `body()` waits for the whole of a body that may be huge or have no end, so it leaves the text in metadata
-and a mark on the headers, and this filter answers at once and lets go of the provider.
+Part of the listener, outside the Lua filter, so it runs after it on the way back. The surprising thing: Lua can not
+end a response. Its `body()` waits for the whole of a body that may be huge or have no end, so it leaves the text in
+metadata and a mark on the headers, and this filter answers at once and lets go of the provider.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import assert_never
@@ -30,18 +31,27 @@ from extproc.decide.tokens import TokenCounter
 from extproc.record.finished import Finished
 from extproc.record.health import ProviderHealth
 from extproc.record.journal import read_journal
-from extproc.record.ledger import LedgerRow
+from extproc.record.ledger import Ledger, LedgerRow
 from extproc.record.pipeline import row_of
 from extproc.record.writer import BatchWriter
 from extproc.server import accesslog, processor
 from extproc.server.board import Board
-from extproc.server.pool import BEAT, BEAT_EVERY_S, NOT_RELOADED, READY, RECONCILED, RELOADED, WorkerPipes
+from extproc.server.pool import (
+    BEAT,
+    BEAT_EVERY_S,
+    NOT_RECONCILED,
+    NOT_RELOADED,
+    READY,
+    RECONCILED,
+    RELOADED,
+    WorkerPipes,
+)
 from extproc.server.transport import Method, Transport
 from extproc.server.watch import line_of
 from extproc.stores.sql import open_ledger
 
 DRAIN_S = 10.0
-_SETTLED_POLL_S = 0.05
+_RECONCILED_ROWS = 500
 _REMEMBERED_SNAPSHOTS = 8
 """Requests that earlier configurations decided may still be open; they are recorded at the prices they began with."""
 
@@ -136,7 +146,7 @@ async def serve(plan: WorkerPlan, pipes: WorkerPipes) -> None:
     # What lives now lives as long as the process: the collector need not look at it again.
     gc.collect()
     gc.freeze()
-    async with _Lifeline(pipes, plan, current, writer, stop.set):
+    async with _Lifeline(pipes, plan, current, ledger, stop.set):
         await stop.wait()
     await transport.drain(DRAIN_S)
     await writer.close()
@@ -151,10 +161,10 @@ class _Lifeline:
         pipes: WorkerPipes,
         plan: WorkerPlan,
         current: Current,
-        writer: BatchWriter,
+        ledger: Ledger,
         end: Callable[[], None],
     ) -> None:
-        self._writer = writer
+        self._ledger = ledger
         self._pipes = pipes
         self._plan = plan
         self._current = current
@@ -219,21 +229,21 @@ class _Lifeline:
     async def _reconcile(self, journal: Path) -> None:
         """Put all of a journal's requests before the ledger, which has most of them already and takes none twice."""
         try:
-            rows = await asyncio.to_thread(self._rows_of, journal)
-        except OSError as error:
-            _log.error("the journal can not be read: %s", error)
-            return
-        for row in rows:
-            self._writer.put(row)
-        while self._writer.counters.waiting:  # noqa: ASYNC110  (the writer has no event for it)
-            await asyncio.sleep(_SETTLED_POLL_S)
-        self._say(RECONCILED)
+            await asyncio.to_thread(self._write_all, journal)
+        except Exception:
+            _log.exception("the journal is not settled, and will be tried again")
+            self._say(NOT_RECONCILED)
+        else:
+            self._say(RECONCILED)
 
-    def _rows_of(self, journal: Path) -> list[LedgerRow]:
+    def _write_all(self, journal: Path) -> None:
+        """In a thread, and past the queue: under load that is never empty, so nothing could wait for its end."""
         nothing_learnt = LearnedRatios(capacity=1)
-        return [
-            row_of(finished, self._current.snapshot_of(finished), nothing_learnt) for finished in read_journal(journal)
-        ]
+        found = read_journal(journal)
+        while batch := list(islice(found, _RECONCILED_ROWS)):
+            self._ledger.write(
+                [row_of(finished, self._current.snapshot_of(finished), nothing_learnt) for finished in batch]
+            )
 
 
 def _transport(plan: WorkerPlan, pipes: WorkerPipes, methods: Sequence[Method]) -> Transport:

@@ -1,7 +1,7 @@
 """Child processes: started, watched, replaced when they die, ended in good order.
 
 Used by the supervisor alone. The surprising thing: Envoy ends itself when the thread that started it ends, so children
-are always started from the event loop's own thread. The others end when their standard input does (`lifeline`).
+are always started from the event loop's own thread. The others end when their standard input does.
 """
 
 from __future__ import annotations

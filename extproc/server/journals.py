@@ -63,12 +63,17 @@ class Journals:
     def close(self) -> None:
         """All of it is in the ledger: nothing is left behind."""
         shutil.rmtree(self._own, ignore_errors=True)
-        if self._lock is not None:
-            os.close(self._lock)
+        self.let_go()
         try:
             self._all.rmdir()
         except OSError:
             _log.debug("another run's journal stays")
+
+    def let_go(self) -> None:
+        """Leave what there is to the next run."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -86,6 +86,7 @@ class Connection(asyncio.Protocol):
         for stream in self._streams.values():
             stream.release()
         self._streams.clear()
+        self._wire.flush = _nothing  # and so no cycle is left: what nghttp2 holds need not wait for the collector
         if not self.closed.done():
             self.closed.set_result(None)
 
@@ -256,3 +257,7 @@ class Connection(asyncio.Protocol):
             self.close()
         self._flush()
         self._timer = self._loop.call_later(self._limits.ping_every_s, self._tick)
+
+
+def _nothing() -> None:
+    """There is no one to write to."""

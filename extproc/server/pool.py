@@ -31,7 +31,8 @@ _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.0, 5.0
 _STEADY_S = 5.0
 _END_TIMEOUT_S = 12.0
 
-BEAT, READY, RELOADED, NOT_RELOADED, RECONCILED = b".", b"r", b"R", b"E", b"J"
+BEAT, READY = b".", b"r"
+RELOADED, NOT_RELOADED, RECONCILED, NOT_RECONCILED = b"R", b"E", b"J", b"N"
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class Pool:
         self.orphaned = False
         """True once standard input has ended: whoever started the pool is gone."""
         self._said_ready = False
+        self._watched = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._line = b""
         self._reloading: str | None = None
@@ -179,9 +181,9 @@ class Pool:
             if not self._said_ready and all(each.ready for each in self._slots):
                 self._said_ready = True
                 self._say("ready")
-        if RECONCILED in beats and slot.reconciling:
+        if slot.reconciling and (RECONCILED in beats or NOT_RECONCILED in beats):
             slot.reconciling = False
-            self._say("reconciled")
+            self._say("reconciled" if RECONCILED in beats else "not-reconciled")
         if RELOADED in beats or NOT_RELOADED in beats:
             slot.reloading = False
             self._after_reload()
@@ -196,7 +198,12 @@ class Pool:
                 break
             self._on_death(pid, os.waitstatus_to_exitcode(status))
         now = time.monotonic()
+        was_stopped, self._watched = now - self._watched > _STOPPED_AFTER_S, now
         for slot in self._slots:
+            if (
+                was_stopped
+            ):  # the pool itself was (a paused container): how long its workers were silent, it can not say
+                slot.last_beat = now
             if slot.pid and self._hangs(slot, now):
                 _log.error("worker %d (process %d) hangs and is replaced", slot.number, slot.pid)
                 with suppress(ProcessLookupError):

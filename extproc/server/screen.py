@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console, RenderableType
-from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.text import Text
 
@@ -46,10 +45,11 @@ class Screen:
             f"health and metrics: http://{_reachable(snapshot.admin.address)}:{snapshot.admin.port}/readyz /metrics"
         )
         for title, language, text in _examples(snapshot, base, key):
-            if self._console.is_terminal:
-                self._print(Panel(Syntax(text, language, theme="ansi_dark"), title=title, title_align="left"))
-            else:
-                self.note(f"\n# {title}\n{text}")
+            self._print(Text(f"\n# {title}", "bold"))
+            # No frame and no padding: these lines are there to be copied, from a terminal of any width.
+            coloured = Syntax("", language, theme="ansi_dark").highlight(text)
+            coloured.rstrip()
+            self._print(coloured)
         self.note("\nRequests, as they pass (Ctrl-C ends):")
 
     def passed(self, request: Passed) -> None:

@@ -44,6 +44,8 @@ _END_TIMEOUT_S = 5.0
 _WORKERS_END_TIMEOUT_S = 14.0
 _RELOAD_TIMEOUT_S = 5.0
 _RECONCILE_TIMEOUT_S = 60.0
+_LAST_RECONCILE_TIMEOUT_S = 5.0
+"""At the end of a run; what is not settled by then is left to the next."""
 _JOURNAL_EVERY_S = 2.0
 _POOL_ANSWERS = frozenset(("reloaded", "not-reloaded", "reconciled", "not-reconciled"))
 _LAST_RECORDS_S = 0.5
@@ -148,7 +150,7 @@ class Supervisor:
             self._screen.note("ending: open requests may finish")
             await self._envoy_admin.drain(_DRAIN_S)
             await asyncio.sleep(_LAST_RECORDS_S)
-            if not self._suspect or await self._reconcile([Path(self._journals.file)]):
+            if not self._suspect or await self._reconcile([Path(self._journals.file)], _LAST_RECONCILE_TIMEOUT_S):
                 stack.callback(self._journals.close)
 
     async def _start_all(self) -> None:
@@ -222,10 +224,10 @@ class Supervisor:
                 if not self._suspect or await self._reconcile([aside]):
                     aside.unlink()
 
-    async def _reconcile(self, files: Iterable[Path]) -> bool:
+    async def _reconcile(self, files: Iterable[Path], timeout_s: float = _RECONCILE_TIMEOUT_S) -> bool:
         """Have a worker put these journals before the ledger; False where none could."""
         for file in files:
-            if file.exists() and await self._ask_pool(f"reconcile {file}", _RECONCILE_TIMEOUT_S) != "reconciled":
+            if file.exists() and await self._ask_pool(f"reconcile {file}", timeout_s) != "reconciled":
                 return False
         return True
 

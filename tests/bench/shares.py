@@ -1,7 +1,7 @@
 """What each part of Envoy's configuration costs: `python -m tests.bench.shares`, for whoever makes it cheaper.
 
-One Envoy for each part left out (or set otherwise), all before the same workers, in turn. With `--profile` also what the
-worker does with its time, by py-spy where that is installed. The surprising thing: parts are found in the running
+One Envoy for each part left out (or set otherwise), all before the same workers, in turn. With `--profile` also what
+the worker does with its time, by py-spy where that is installed. The surprising thing: parts are found in the running
 configuration by name, so a filter that did not exist when this was written is measured too.
 """
 
@@ -36,6 +36,9 @@ AS_IT_IS = "as it is"
 _KEPT = ("decide", "envoy.filters.http.router", "codec", "adapt")
 _PROFILE_S = 10
 _SHOWN = 25
+_WAITING = "_worker (concurrent/futures/thread.py"
+"""A thread that waits for work; py-spy takes it for busy."""
+_IS_OURS = "extproc/"
 _HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 _PROVIDER = "upstream"
 
@@ -89,7 +92,13 @@ def changes_of(running: Gateway) -> dict[str, Change]:
     changes["without header removal of the virtual host"] = _without_removal
     changes["without provider filters"] = _without_all_provider_filters
     changes["without usage, answers and record"] = decide_alone
+    changes["decide alone, before a plain route"] = _decide_before_plain_route
     changes["without anything of Python"] = _without_python
+    changes["without statistics"] = _without_statistics
+    changes["the other HTTP/2 codec (oghttp2 off)"] = _runtime(
+        "envoy.reloadable_features.http2_use_oghttp2", value=False
+    )
+    changes["the other HTTP/2 codec (oghttp2 on)"] = _runtime("envoy.reloadable_features.http2_use_oghttp2", value=True)
     return changes
 
 
@@ -132,8 +141,13 @@ def _without_removal(config: Config) -> None:
 
 def _without_python(config: Config) -> None:
     """A plain route to the provider; the rest of the listener as it is."""
-    decide_alone(config)
+    _decide_before_plain_route(config)
     _without_filter("decide")(config)
+
+
+def _decide_before_plain_route(config: Config) -> None:
+    """What asking costs: the worker decides, and Envoy does not go by what it says."""
+    decide_alone(config)
     _without_all_provider_filters(config)
     for host in connection_manager(config)["route_config"]["virtual_hosts"]:
         host["routes"] = [{"match": {"prefix": "/"}, "route": {"cluster": _PROVIDER}}]
@@ -159,6 +173,18 @@ def _large_windows(config: Config) -> None:
         "initial_stream_window_size": 8 << 20,
         "initial_connection_window_size": 64 << 20,
     }
+
+
+def _without_statistics(config: Config) -> None:
+    config["stats_config"] = {"stats_matcher": {"reject_all": True}}
+
+
+def _runtime(flag: str, *, value: bool) -> Change:
+    def change(config: Config) -> None:
+        layers = config.setdefault("layered_runtime", {}).setdefault("layers", [])
+        layers.append({"name": "bench", "static_layer": {flag: value}})
+
+    return change
 
 
 def _routes(config: Config) -> Iterator[Config]:
@@ -240,7 +266,7 @@ def _profile(console: Console, made: Bench, running: Gateway) -> None:
     busiest = max(workers, key=lambda pid: cpu_s([pid]) - before[pid])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "stacks"
-        command = [spy, "record", "--pid", str(busiest), "--duration", str(_PROFILE_S), "--rate", "500"]
+        command = [spy, "record", "--pid", str(busiest), "--duration", str(_PROFILE_S), "--rate", "500", "--function"]
         recording = subprocess.Popen(
             [*command, "--format", "raw", "--output", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -256,8 +282,10 @@ def _show_profile(console: Console, stacks: list[str]) -> None:
     for line in stacks:
         stack, _, count = line.rpartition(" ")
         frames = stack.split(";")
+        if frames[-1].startswith(_WAITING):
+            continue
         itself[frames[-1]] += int(count)
-        for frame in set(frames):
+        for frame in {frame for frame in frames if _IS_OURS in frame}:
             within[frame] += int(count)
     every = max(1, itself.total())
     for title, counted in (("by own time", itself), ("with what they call", within)):

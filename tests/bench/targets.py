@@ -188,7 +188,7 @@ def _envoy(bootstrap: Config, name: str, concurrency: int) -> Iterator[tuple[int
                 [*command, "--concurrency", str(concurrency)], stdin=subprocess.DEVNULL, stdout=written, stderr=written
             )
         try:
-            wait_for(lambda: _listens(port) or process.poll() is not None, _START_TIMEOUT_S, f"{name} to listen")
+            wait_for(lambda: listens(port) or process.poll() is not None, _START_TIMEOUT_S, f"{name} to listen")
             if process.poll() is not None:
                 raise RuntimeError(f"{name} ended:\n{log.read_text()[-2000:]}")
             yield port, process.pid
@@ -196,7 +196,8 @@ def _envoy(bootstrap: Config, name: str, concurrency: int) -> Iterator[tuple[int
             end(process)
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
+    """Whether something accepts connections on the port."""
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex(("127.0.0.1", port)) == 0

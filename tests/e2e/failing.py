@@ -89,6 +89,7 @@ def failover_lab(folder: Path) -> Iterator[Lab]:
             httpx.Client(base_url=gateway.url, headers={"authorization": f"Bearer {KEY}"}, timeout=15) as http,
         ):
             yield Lab(gateway, first, second, secure, http)
+            assert "[lua]" not in gateway.log()  # Envoy's word for a script that failed
 
 
 def _providers(first: str, second: str, secure: RecordingUpstream, ca: Path, other_ca: Path) -> dict[str, Any]:

@@ -181,11 +181,18 @@ class _Http2Stream:
 
 
 def exchange_http2(
-    port: int, headers: Pairs, body: bytes = b"", *, trailers: Pairs = (), timeout_s: float = TIMEOUT_S
+    port: int,
+    headers: Pairs,
+    body: bytes = b"",
+    *,
+    trailers: Pairs = (),
+    ends: bool = True,
+    timeout_s: float = TIMEOUT_S,
 ) -> Answer:
     """One request over HTTP/2 with prior knowledge; `headers` hold the pseudo-headers too, and nothing checks them.
 
-    Raises NoAnswerError where the stream or the connection is reset.
+    With `ends=False` the request stays open, as if more were to come. Raises NoAnswerError where the stream or the
+    connection is reset.
     """
     settings = h2.config.H2Configuration(
         client_side=True,
@@ -197,10 +204,11 @@ def exchange_http2(
     began = time.monotonic()
     with socket.create_connection(("127.0.0.1", port), timeout_s) as wire:
         connection.initiate_connection()
-        connection.send_headers(1, list(headers), end_stream=not body and not trailers)
+        connection.send_headers(1, list(headers), end_stream=ends and not body and not trailers)
         for at in range(0, len(body), 16384):
             piece = body[at : at + 16384]
-            connection.send_data(1, piece, end_stream=at + len(piece) == len(body) and not trailers)
+            is_last = at + len(piece) == len(body)
+            connection.send_data(1, piece, end_stream=ends and is_last and not trailers)
         if trailers:
             connection.send_headers(1, list(trailers), end_stream=True)
         wire.sendall(connection.data_to_send())

@@ -117,7 +117,7 @@ def test_each_anthropic_attempt_has_its_own_key_and_base_path(lab: Lab) -> None:
     one, two = lab.first.requests[0], lab.second.requests[0]
     assert (one.path, two.path) == ("/v1/messages", "/tenant/v1/messages")
     assert (one.values("x-api-key"), two.values("x-api-key")) == ([PROVIDER_SECRET], [SECOND_SECRET])
-    assert one.header("authorization") is two.header("authorization") is None
+    assert (one.header("authorization"), two.header("authorization")) == (None, None)
 
 
 def test_the_query_reaches_every_attempt(lab: Lab) -> None:

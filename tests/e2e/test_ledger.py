@@ -1,7 +1,7 @@
 """The books agree: after 2,000 mixed requests the ledger's totals are the upstreams' own count, on both databases.
 
-Every kind of answer, failovers, streams that break and clients that leave, 32 at a time. The surprising thing: nothing is
-compared by sampling. Each row is matched with what the upstreams themselves wrote down for that very request.
+Every kind of answer, failovers, streams that break and clients that leave, 32 at a time. The surprising thing: nothing
+is compared by sampling. Each row is matched with what the upstreams themselves wrote down for that very request.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def upstreams() -> Iterator[tuple[RecordingUpstream, RecordingUpstream]]:
 
 
 def sections(first: str, second: str, sql: object) -> dict[str, Any]:
-    both = [{"provider": "first"}, {"provider": "second", "priority": 1}]
+    both: list[dict[str, Any]] = [{"provider": "first"}, {"provider": "second", "priority": 1}]
     renamed = [{**target, "model": f"at-{target['provider']}"} for target in both]
     claude = [{"provider": "first_anthropic"}, {"provider": "second_anthropic", "priority": 1}]
     return config(

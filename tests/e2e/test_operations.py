@@ -7,7 +7,6 @@ found by the system's own account of them, so that what lingers is found whateve
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -26,7 +25,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.gateway import KEY, NARROW_KEY, PROVIDER_SECRET, Gateway, config, wait_for
+from tests.gateway import KEY, PROVIDER_SECRET, Gateway, config, wait_for
 from tests.upstream import RecordingUpstream, Reply
 from tests.upstream_answers import WORDS
 
@@ -125,6 +124,15 @@ def test_spend_shows_what_was_spent_as_a_table_as_json_and_as_csv(gateway: Gatew
     assert str(line["requests"] * 11) in table.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(("--by", "colour"), "colour"), (("--since", "yesterdayish"), "yesterdayish")]
+)
+def test_spend_says_what_it_does_not_understand(gateway: Gateway, arguments: tuple[str, str], words: str) -> None:
+    ended = extproc("spend", str(gateway.file), *arguments)
+    assert ended.returncode == 1
+    assert words in ended.stderr
+
+
 def test_probes_answer_and_metrics_count(gateway: Gateway) -> None:
     answer = chat(gateway)
     gateway.wait_for_rows(1, f"request_id = '{answer.headers['x-request-id']}'")
@@ -211,28 +219,42 @@ def test_two_gateways_can_not_share_a_port(gateway: Gateway, upstream: Recording
     assert chat(gateway).status_code == 200
 
 
-# Processes that die, and the end. Each has a gateway of its own.
+# Processes that die or stand still
+
+
+def test_whatever_is_killed_is_replaced_and_serves_again(gateway: Gateway) -> None:
+    with httpx.Client(timeout=30) as probe:
+        for victim in processes(gateway):
+            with suppress(psutil.NoSuchProcess):  # it went with the one that was killed before
+                victim.kill()
+            psutil.wait_procs([victim], timeout=5)
+            wait_for(gateway.ready, 20, f"the gateway without {victim.pid}")
+            for model in ("m", "demo"):
+                answer = probe.post(f"{gateway.url}/v1/chat/completions", headers=AUTH, json={**CHAT, "model": model})
+                assert answer.status_code == 200, (victim, answer.text)
+    assert gateway.running()
+    answer = chat(gateway)
+    gateway.wait_for_rows(1, f"request_id = '{answer.headers['x-request-id']}'")
+
+
+def test_a_supervisor_that_stands_still_holds_up_no_request(gateway: Gateway) -> None:
+    os.kill(gateway.pid, signal.SIGSTOP)
+    try:
+        with httpx.Client(timeout=10) as client:
+            for _ in range(400):  # more lines than a pipe holds
+                assert client.get(f"{gateway.url}/v1/models", headers=AUTH).status_code == 200
+    finally:
+        os.kill(gateway.pid, signal.SIGCONT)
+    wait_for(gateway.ready, 10, "the supervisor to go on")
+
+
+# The end. Each has a gateway of its own.
 
 
 @pytest.fixture
 def own(upstream: RecordingUpstream, tmp_path: Path) -> Iterator[Gateway]:
     with Gateway(tmp_path, sections_for(upstream)) as running:
         yield running
-
-
-def test_whatever_is_killed_is_replaced_and_serves_again(own: Gateway) -> None:
-    with httpx.Client(timeout=30) as probe:
-        for victim in processes(own):
-            with suppress(psutil.NoSuchProcess):  # it went with the one that was killed before
-                victim.kill()
-            psutil.wait_procs([victim], timeout=5)
-            wait_for(own.ready, 20, f"the gateway without {victim.pid}")
-            for model in ("m", "demo"):
-                answer = probe.post(f"{own.url}/v1/chat/completions", headers=AUTH, json={**CHAT, "model": model})
-                assert answer.status_code == 200, (victim, answer.text)
-    assert own.running()
-    answer = chat(own)
-    own.wait_for_rows(1, f"request_id = '{answer.headers['x-request-id']}'")
 
 
 def test_sigterm_lets_an_open_stream_finish_takes_no_new_one_and_leaves_nothing(
@@ -289,17 +311,6 @@ def test_a_killed_supervisor_takes_everything_with_it(own: Gateway) -> None:
     wait_for(lambda: not folder.exists(), 5, "the run folder to be removed")
 
 
-def test_a_supervisor_that_stands_still_holds_up_no_request(own: Gateway) -> None:
-    os.kill(own.pid, signal.SIGSTOP)
-    try:
-        with httpx.Client(timeout=10) as client:
-            for _ in range(400):  # more lines than a pipe holds
-                assert client.get(f"{own.url}/v1/models", headers=AUTH).status_code == 200
-    finally:
-        os.kill(own.pid, signal.SIGCONT)
-    wait_for(own.ready, 10, "the supervisor to go on")
-
-
 def test_it_serves_on_when_nobody_reads_its_output(upstream: RecordingUpstream, tmp_path: Path) -> None:
     sections = sections_for(upstream)
     idle = Gateway(tmp_path, sections)  # writes the file, and is not started
@@ -323,79 +334,3 @@ def accepts(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-# Commands that start nothing
-
-
-def test_check_prints_every_mistake_with_its_line_and_ends_with_1(tmp_path: Path) -> None:
-    file = tmp_path / "gateway.yaml"
-    file.write_text(
-        "listen: {prot: 10000}\n"
-        "providers:\n"
-        "  acme: {kind: openai, endpoint: 'ftp://host/v1', api_key: {env: NOT_SET_ANYWHERE}}\n"
-        "models:\n"
-        "  m: {targets: [{provider: acmee}]}\n"
-    )
-    bad = extproc("check", str(file))
-    assert (bad.returncode, bad.stdout) == (1, "")
-    assert f"{file}:1:" in bad.stderr
-    assert "did you mean `port`?" in bad.stderr
-    assert f"{file}:3:" in bad.stderr
-    assert "http or https" in bad.stderr
-    assert "NOT_SET_ANYWHERE" in bad.stderr
-    assert f"{file}:5:" in bad.stderr
-    assert "did you mean `acme`?" in bad.stderr
-    assert "Traceback" not in bad.stderr
-
-
-def test_check_and_run_agree(tmp_path: Path, upstream: RecordingUpstream) -> None:
-    file = tmp_path / "gateway.yaml"
-    file.write_text(json.dumps(sections_for(upstream)))
-    good = extproc("check", str(file))
-    assert (good.returncode, good.stderr) == (0, "")
-    assert "2 providers, 3 models, 2 keys" in good.stdout
-    without = {"PROVIDER_KEY": ""}
-    refused = extproc("check", str(file), environ=without)
-    assert refused.returncode == 1
-    assert "PROVIDER_KEY" in refused.stderr
-    assert refused.stderr.strip() in extproc("run", str(file), environ=without).stderr
-
-
-def test_render_prints_what_envoy_takes_and_no_secret(upstream: RecordingUpstream, tmp_path: Path) -> None:
-    file = tmp_path / "gateway.yaml"
-    file.write_text(json.dumps(sections_for(upstream)))
-    rendered = extproc("render", str(file), "--run-dir", "/run/elsewhere", "--workers", "2")
-    assert rendered.returncode == 0, rendered.stderr
-    assert PROVIDER_SECRET not in rendered.stdout
-    names = [cluster["name"] for cluster in json.loads(rendered.stdout)["static_resources"]["clusters"]]
-    assert names[-4:] == ["acme", "acme/adapt", "demo", "demo/adapt"]
-    assert "/run/elsewhere/worker-1.sock" in rendered.stdout
-    assert extproc("render", str(file), environ={"PROVIDER_KEY": ""}).returncode == 0
-
-
-def test_keys_hash_prints_what_the_file_holds(gateway: Gateway) -> None:
-    expected = hashlib.sha256(NARROW_KEY.encode()).hexdigest()
-    assert extproc("keys", "hash", NARROW_KEY).stdout == f"{expected}\n"
-    for ending in ("", "\n", "\r\n"):
-        assert extproc("keys", "hash", stdin=NARROW_KEY + ending).stdout == f"{expected}\n"
-    assert extproc("keys", "hash", stdin="").returncode == 1
-    assert expected in gateway.file.read_text()
-
-
-def test_the_file_that_is_not_there_is_a_mistake_like_any_other(tmp_path: Path) -> None:
-    missing = str(tmp_path / "nowhere.yaml")
-    for command in ("run", "check", "render", "spend"):
-        ended = extproc(command, missing)
-        assert ended.returncode == 1
-        assert "No such file" in ended.stderr
-        assert "Traceback" not in ended.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"), [(("--by", "colour"), "colour"), (("--since", "yesterdayish"), "yesterdayish")]
-)
-def test_spend_says_what_it_does_not_understand(gateway: Gateway, arguments: tuple[str, str], words: str) -> None:
-    ended = extproc("spend", str(gateway.file), *arguments)
-    assert ended.returncode == 1
-    assert words in ended.stderr

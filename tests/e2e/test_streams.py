@@ -1,4 +1,4 @@
-"""Streams through the real Envoy: the upstream's bytes whatever legal SSE they are, how long they may last, how they end.
+"""Streams through the real Envoy: the upstream's bytes whatever legal SSE they are, how long they last, how they end.
 
 Every chunking of the usage event is in unit/test_lua_answer. The surprising thing: that no chunk enters Python is read
 off Envoy's own count of the messages it exchanged with the sidecar.
@@ -10,6 +10,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.e2e
 
 FIRST_BYTE_S = 1.0
 STREAM_IDLE_S = 1.5
-ENDPOINTS = {
+ENDPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("/v1/chat/completions", {"model": "m", "messages": [], "stream_options": {"include_usage": True}}),
     "completions": ("/v1/completions", {"model": "m", "prompt": "x", "stream_options": {"include_usage": True}}),
     "responses": ("/v1/responses", {"model": "m", "input": "x"}),
@@ -63,6 +64,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
             httpx.Client(base_url=gateway.url, headers={"authorization": f"Bearer {KEY}"}, timeout=15) as http,
         ):
             yield Lab(gateway, upstream, http)
+            assert "[lua]" not in gateway.log()  # Envoy's word for a script that failed
 
 
 @pytest.fixture
@@ -164,7 +166,7 @@ def test_each_chunk_leaves_at_once(lab: Lab) -> None:
     arrived: list[float] = []
     with lab.http.stream("POST", path, json={**body, "stream": True, "stream_options": None}) as answer:
         arrived += [time.monotonic() for _ in zip(range(4), answer.iter_raw(), strict=False)]
-    gaps = [later - earlier for earlier, later in zip(arrived, arrived[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(arrived)]
     assert all(0.1 < gap < 0.8 for gap in gaps)
 
 

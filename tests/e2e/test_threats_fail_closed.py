@@ -1,7 +1,7 @@
 """The sidecar stopped or killed at the worst moment: 5xx for what is not yet decided, and not a byte to a provider.
 
-The surprising thing: stopping one worker is not enough, because its pool replaces it within a second. To see the gateway
-without a sidecar the pool is stopped too, and both go on later, workers first.
+The surprising thing: stopping one worker is not enough, because its pool replaces it within a second. To see the
+gateway without a sidecar the pool is stopped too, and both go on later, workers first.
 """
 
 from __future__ import annotations
@@ -124,13 +124,12 @@ def test_a_stream_that_runs_is_not_cut_by_a_stopped_sidecar(world: World) -> Non
 def test_a_worker_killed_while_it_decides_lets_nothing_through(world: World) -> None:
     with world.rows(2):
         workers = world.gateway.workers()
-        with Connection(world.gateway.port) as connection:
-            with stopped(world.gateway):
-                connection.send(post())
-                time.sleep(0.3)
-                for pid in workers:
-                    os.kill(pid, signal.SIGKILL)
-                answer = connection.answer()
+        with Connection(world.gateway.port) as connection, stopped(world.gateway):
+            connection.send(post())
+            time.sleep(0.3)
+            for pid in workers:
+                os.kill(pid, signal.SIGKILL)
+            answer = connection.answer()
         assert_closed(answer, world)
         assert answer.elapsed_s < MESSAGE_TIMEOUT_S
         wait_for(lambda: set(world.gateway.workers()).isdisjoint(workers), 10, "another worker")
@@ -154,7 +153,7 @@ def test_a_worker_killed_while_a_body_is_uploaded_lets_nothing_through(world: Wo
     world.assert_row("", answer.header("x-request-id"), status=503, code="gateway_unavailable", outcome="refused")
 
 
-def test_a_worker_killed_on_an_attempt_that_it_adapts_lets_no_wrong_body_through(world: World) -> None:
+def test_a_sidecar_stopped_on_an_attempt_that_it_adapts_lets_no_wrong_body_through(world: World) -> None:
     body = BODY.replace(b"demo", b"adapted")
     world.alpha.behave(Reply(status=500, before_headers_s=1.5))
     with Connection(world.gateway.port) as connection:

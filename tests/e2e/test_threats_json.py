@@ -13,8 +13,10 @@ from tests.upstream import Recorded
 pytestmark = pytest.mark.e2e
 
 MESSAGES_FIELD = b'"messages":[{"role":"user","content":"hi"}]'
-JSON_PATHS = ("/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/messages", "/v1/messages/count_tokens")
-JSON_PATHS += ("/v1/moderations", "/v1/rerank", "/v1/images/generations", "/v1/audio/speech", "/v1/files", CHAT)
+JSON_PATHS = (
+    *("/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/messages", "/v1/messages/count_tokens", CHAT),
+    *("/v1/moderations", "/v1/rerank", "/v1/images/generations", "/v1/audio/speech", "/v1/files"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +82,14 @@ def test_a_key_given_twice_is_refused_on_every_endpoint(world: World) -> None:
 
 
 def test_a_case_variant_instead_of_the_model_chooses_none(world: World) -> None:
-    for key in (b"Model", b"MODEL", b"m\\u004fdel"):
-        world.refuse({"": post(CHAT, BODY.replace(b'"model"', b'"' + key + b'"'))}, 400, "duplicate_key")
-    for key in ("model ", " model", "modеl", "ｍｏｄｅｌ", "mod\u200bel"):
-        body = BODY.replace(b'"model"', json.dumps(key, ensure_ascii=False).encode())
-        world.refuse({"": post(CHAT, body)}, 400, "missing_field")
+    cased = (b"Model", b"MODEL", b"m\\u004fdel")
+    cases = {repr(key): post(CHAT, BODY.replace(b'"model"', b'"' + key + b'"')) for key in cased}
+    world.refuse(cases, 400, "duplicate_key")
+    alike = [
+        json.dumps(key, ensure_ascii=False).encode()
+        for key in ("model ", " model", "modеl", "ｍｏｄｅｌ", "mod\u200bel")
+    ]
+    world.refuse({repr(key): post(CHAT, BODY.replace(b'"model"', key)) for key in alike}, 400, "missing_field")
 
 
 NOT_JSON = {

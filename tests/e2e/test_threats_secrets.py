@@ -107,7 +107,7 @@ def traffic(world: World) -> list[Answer]:
         post(MESSAGES),
         bare("/", bearer()),
     ]
-    raws += [post(f"{CHAT}?key={KEY}"), post(CHAT, BODY.replace(b"demo", KEY.encode())), bare("/v1/models", bearer())]
+    raws += [post(f"{CHAT}?key={KEY}"), bare("/v1/models", bearer())]
     raws += [post(CHAT, BODY.replace(b"demo", b"failing-over"))]
     with world.rows(len(raws)):
         return [world.send(raw) for raw in raws]
@@ -187,6 +187,35 @@ def test_a_providers_answer_that_repeats_the_key_does_not_pass(world: World, pat
     assert (answer.status, code_of(answer)) == (502 if code == "provider_auth" else 503, code)
     assert not holds_secret(repr(answer.headers).encode() + answer.body)
     world.assert_row("", answer.header("x-request-id"), code=code, outcome="failed", attempts=1)
+
+
+@pytest.mark.parametrize("status", [400, 404, 409, 413, 422, 451])
+def test_a_providers_own_error_passes_without_our_key(world: World, status: int) -> None:
+    echo = Reply(status=status, body=ECHO + ALPHA_SECRET.encode() * 2, headers=ECHOING)
+    world.alpha.behave(echo, where=lambda seen: seen.json["model"] == "demo")
+    world.alpha.behave(Reply(status=status, body=ECHO.replace(ALPHA_SECRET.encode(), b"sk-...x")))
+    with world.rows(2):
+        answer = world.send(post())
+        benign = world.send(post(CHAT, BODY.replace(b"demo", b"narrow")))
+    assert (answer.status, benign.status) == (status, status)
+    assert answer.body == (ECHO + ALPHA_SECRET.encode() * 2).replace(ALPHA_SECRET.encode(), b"[withheld]")
+    assert benign.body == ECHO.replace(ALPHA_SECRET.encode(), b"sk-...x")
+    assert (answer.header("www-authenticate"), answer.header("x-debug")) == (None, "none")
+
+
+def test_a_large_error_in_pieces_passes_without_our_key(world: World) -> None:
+    page = b"x" * 100_000 + ALPHA_SECRET.encode() + b"y" * 100_000
+    world.alpha.behave(Reply(status=400, body=page, chunk_bytes=1001))
+    with world.rows(1):
+        answer = world.send(post())
+    assert (answer.status, answer.body) == (400, page.replace(ALPHA_SECRET.encode(), b"[withheld]"))
+
+
+def test_an_error_too_large_to_be_read_does_not_pass(world: World) -> None:
+    world.alpha.behave(Reply(status=400, body=b"x" * 3_000_000 + ALPHA_SECRET.encode()))
+    with world.rows(1):
+        answer = world.send(post())
+    assert (answer.status, code_of(answer)) == (503, "all_targets_failed")
 
 
 def test_secret_files_are_gone_when_the_gateway_has_ended(tmp_path_factory: pytest.TempPathFactory) -> None:

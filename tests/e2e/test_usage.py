@@ -1,15 +1,15 @@
 """One request, one row: what the ledger says of each kind of answer, ending and refusal, through the real Envoy.
 
-The surprising thing: usage is exact wherever the provider told it, even to a client that hung up at the last event; only
-what nobody told is estimated, and then says so.
+The surprising thing: usage is exact wherever the provider told it, even to a client that hung up at the last event;
+only what nobody told is estimated, and then says so.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import anthropic
 import httpx
@@ -51,6 +51,13 @@ PAIRS = ("errs", "resets", "stalls", "errs-too")
 def _pair(provider: str) -> dict[str, Any]:
     second = {"provider": "second", "model": "other", "priority": 1}
     return {"targets": [{"provider": provider, "model": "served-1"}, second]}
+
+
+class HasHeaders(Protocol):
+    """An answer of any client: the SDKs bring an HTTP library of their own."""
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
 
 
 class Lab(NamedTuple):
@@ -104,7 +111,7 @@ def lab(started: Lab) -> Lab:
     return started
 
 
-def row_of(lab: Lab, answer: httpx.Response) -> dict[str, Any]:
+def row_of(lab: Lab, answer: HasHeaders) -> dict[str, Any]:
     return lab.gateway.wait_for_rows(1, f"request_id = '{answer.headers['x-request-id']}'")[0]
 
 
@@ -162,7 +169,13 @@ def test_the_row_tells_who_asked_for_what(lab: Lab) -> None:
         row = post(lab)
     finally:
         lab.first.model = None
-    told = {"team": "search", "project": "indexer", "user_id": "ada", "agent": "bot", "key_id": "search-all"}
+    told: dict[str, Any] = {
+        "team": "search",
+        "project": "indexer",
+        "user_id": "ada",
+        "agent": "bot",
+        "key_id": "search-all",
+    }
     told |= {"dialect": "openai", "endpoint": "chat", "alias": "priced", "provider": "first"}
     told |= {"model_asked": "served-1", "model_returned": "served-1-2026-01-01", "attempts": 1, "tried": "first:200"}
     assert {name: row[name] for name in told} == told
@@ -224,8 +237,7 @@ def test_a_client_that_leaves_early_is_charged_by_estimate(lab: Lab, path: str) 
     lab.first.behave(Reply(chunks=_chunks(path), stall_after=6))
     row = leave_after(lab, path, 3)
     assert (row["outcome"], row["estimated"], row["status"]) == ("client_left", 1, 200)
-    assert row["input_tokens"] > 0
-    assert row["output_tokens"] > 0
+    assert min(row["input_tokens"], row["output_tokens"]) > 0
 
 
 def test_what_was_told_before_the_client_left_is_kept(lab: Lab) -> None:
@@ -251,8 +263,7 @@ def test_a_stream_that_breaks_is_charged_by_estimate(lab: Lab, path: str) -> Non
     with lab.http.stream("POST", path, json=body) as answer, pytest.raises(httpx.RemoteProtocolError):
         answer.read()
     row = row_of(lab, answer)
-    assert (row["outcome"], row["estimated"]) == ("broken", 1)
-    assert row["output_tokens"] > 0
+    assert (row["outcome"], row["estimated"], row["output_tokens"] > 0) == ("broken", 1, True)
 
 
 @pytest.mark.parametrize("path", STREAMS)
@@ -270,9 +281,7 @@ def test_a_provider_that_tells_no_usage_is_charged_by_estimate(lab: Lab) -> None
     lab.first.behave(Reply(body=b'{"choices":[{"message":{"content":"some words"}}]}'))
     row = post(lab)
     assert (row["outcome"], row["estimated"], row["price_source"]) == ("ok", 1, "override")
-    assert row["input_tokens"] > 0
-    assert row["output_tokens"] > 0
-    assert row["cost_nusd"] > 0
+    assert min(row["input_tokens"], row["output_tokens"], row["cost_nusd"]) > 0
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -283,20 +292,17 @@ def test_a_compressed_answer_is_never_free(lab: Lab, stream: bool) -> None:
     assert b"recording" in answer.content  # httpx has unpacked it
     assert lab.first.requests[0].values("accept-encoding") == []
     row = row_of(lab, answer)
-    assert row["outcome"] == "ok"
-    assert row["cost_nusd"] > 0
+    assert (row["outcome"], row["cost_nusd"] > 0) == ("ok", True)
     assert row["estimated"] == 1 or used(row) == TOLD["/v1/chat/completions"]
 
 
 def test_usage_that_the_last_event_tells_anew_replaces_the_first(lab: Lab) -> None:
-    first, *middle, delta, stop = _chunks("/v1/messages")
+    _, *middle, _, stop = _chunks("/v1/messages")
     final = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": anthropic_usage(SPENT)}
     begun = {
         "type": "message_start",
         "message": {"model": "served-1", "usage": {"input_tokens": 0, "output_tokens": 0}},
     }
-    assert first
-    assert delta
     chunks = (
         sse(json.dumps(begun), event="message_start"),
         *middle,
@@ -373,21 +379,21 @@ def test_a_providers_refusal_is_failed_and_free(lab: Lab, status: int, code: str
 
 
 @pytest.mark.parametrize(
-    ("key", "body", "status", "code", "team"),
+    ("key", "body", "status", "expected"),
     [
-        ("wrong", BODIES["/v1/chat/completions"], 401, "invalid_api_key", None),
-        (NARROW_KEY, BODIES["/v1/chat/completions"], 403, "model_not_allowed", "narrow"),
-        (KEY, {"model": "none", "messages": []}, 404, "model_not_found", "search"),
-        (KEY, {"model": 7, "messages": []}, 400, "invalid_type", "search"),
-        (KEY, {"model": "priced", "messages": ["x" * 200_000]}, 413, "body_too_large", "search"),
+        ("wrong", BODIES["/v1/chat/completions"], 401, ("invalid_api_key", None)),
+        (NARROW_KEY, BODIES["/v1/chat/completions"], 403, ("model_not_allowed", "narrow")),
+        (KEY, {"model": "none", "messages": []}, 404, ("model_not_found", "search")),
+        (KEY, {"model": 7, "messages": []}, 400, ("invalid_type", "search")),
+        (KEY, {"model": "priced", "messages": ["x" * 200_000]}, 413, ("body_too_large", "search")),
     ],
 )
 def test_a_refusal_has_a_code_and_no_provider(
-    lab: Lab, key: str, body: dict[str, Any], status: int, code: str, team: str | None
+    lab: Lab, key: str, body: dict[str, Any], status: int, expected: tuple[str, str | None]
 ) -> None:
     answer = lab.http.post("/v1/chat/completions", json=body, headers={"authorization": f"Bearer {key}"})
     assert answer.status_code == status
     row = row_of(lab, answer)
-    assert (row["outcome"], row["status"], row["code"], row["team"]) == ("refused", status, code, team)
+    assert (row["outcome"], row["status"], row["code"], row["team"]) == ("refused", status, *expected)
     assert (row["provider"], row["tried"], row["attempts"], row["cost_nusd"]) == (None, None, 0, None)
     assert not lab.first.requests

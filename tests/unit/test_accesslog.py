@@ -1,7 +1,7 @@
 """The access-log session: entries as Envoy sends them to `Finished`, one bad entry among good ones, one entry twice.
 
-The surprising thing: Envoy may send a batch again when its stream broke before it knew of the end. The ledger's key makes
-that one row.
+The surprising thing: Envoy may send a batch again when its stream broke before it knew of the end. The ledger's key
+makes that one row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from extproc.decision import ATTEMPTS_NAMESPACE, NAMESPACE, USAGE_NAMESPACE, Dec
 from extproc.errors import Dialect
 from extproc.record.finished import AttemptMade, Ending, Finished
 from extproc.record.pipeline import row_of
-from extproc.server.accesslog import AI_USAGE, AccessLogSession, ending_of, finished_of
+from extproc.record.told import ending_of
+from extproc.server.accesslog import AI_USAGE, AccessLogSession, finished_of
 from extproc.server.pb.envoy_ai_pb2 import TokenUsage
 from extproc.stores.sql import LEDGER, SqlLedger, open_ledger
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import weakref
 
 import ngh2
 import pytest
@@ -20,6 +21,7 @@ from tests.ngh2_peer import (
     Peer,
     frame,
     prefixed,
+    request_headers,
 )
 from tests.transports import BIDI, BROKEN, SHOUT
 
@@ -128,6 +130,79 @@ async def test_answers_that_no_one_reads_close_the_peers_windows_and_open_them_w
     await _alive(peer)
 
 
+async def test_many_small_answers_count_by_their_number() -> None:
+    peer = Peer(limits=Limits(MESSAGE_LIMIT, queued_pieces=100), settings={4: 0})
+    stream_id = peer.open(BIDI, *[b"small"] * 90)
+    peer.pump()
+    assert not peer.server._wire.choked
+    peer.say(stream_id, *[b"small"] * 90)
+    peer.pump()
+    assert peer.server._wire.choked
+    peer.h2.update_settings({4: 1 << 16})
+    peer.pump()
+    assert not peer.server._wire.choked
+    assert peer.heard[stream_id].messages == [b"small"] * 180
+
+
+async def _choked(peer: Peer) -> int:
+    """A stream whose answer the peer takes no part of."""
+    peer.h2.update_settings({4: 0})
+    stream_id = peer.open(BIDI, bytes(MB // 4))
+    peer.pump()
+    assert peer.server._wire.choked
+    return stream_id
+
+
+async def test_a_session_that_waited_opens_no_window_while_answers_are_not_read() -> None:
+    peer = Peer(limits=Limits(MESSAGE_LIMIT, queued_bytes=MB // 8))
+    waits = peer.open(BIDI, b"wait")
+    peer.pump()
+    stuck = await _choked(peer)
+    peer.say(waits, bytes(700_000))
+    peer.pump()
+    peer.calls.let_go()
+    await peer.settle()
+    assert peer.h2.stream_remote_window_size(waits) < MB // 2
+    peer.h2.update_settings({4: MB})
+    await peer.settle()
+    assert peer.h2.stream_remote_window_size(waits) > MB // 2
+    assert peer.heard[waits].messages == [b"wait", bytes(700_000)]
+    assert peer.heard[stuck].messages == [bytes(MB // 4)]
+
+
+async def test_windows_are_opened_the_moment_that_answers_are_read() -> None:
+    peer = Peer(limits=Limits(MESSAGE_LIMIT, queued_bytes=MB // 8), auto_window_update=False)
+    peer.h2.set_local_window_size(1 << 30)
+    other = peer.open(BIDI)
+    peer.pump()
+    await _choked(peer)
+    peer.say(other, *[bytes(1000)] * 700)
+    peer.pump()
+    held = peer.h2.stream_remote_window_size(other)
+    peer.h2.update_settings({4: 1 << 30})
+    peer.server.data_received(peer.h2.data_to_send())
+    peer.h2.receive_data(peer.wires.take())
+    assert peer.h2.stream_remote_window_size(other) > held
+
+
+async def test_bytes_of_a_stream_that_broke_the_rules_are_given_back_at_once() -> None:
+    peer = Peer()
+    declared = request_headers(BIDI, (b"content-length", b"%d" % (700_000 + 9)))
+    streams = [peer.open(BIDI, b"wait", headers=declared) for _ in range(60)]
+    peer.pump()
+    for stream_id in streams:
+        peer.h2.send_data(stream_id, bytes(700_000))
+    peer.pump()
+    assert peer.h2.remote_window_size < 32 * MB
+    for stream_id in streams:
+        peer.h2.send_data(stream_id, b"one more")
+    peer.server.data_received(peer.h2.data_to_send())
+    peer.h2.receive_data(peer.wires.take())
+    assert peer.h2.remote_window_size > 32 * MB
+    await peer.settle()
+    assert peer.calls.cancelled == 60
+
+
 async def test_a_full_socket_stops_reading_and_an_empty_one_begins_again() -> None:
     peer = Peer(settings={4: (1 << 31) - 1})
     peer.h2.set_local_window_size((1 << 31) - 1)
@@ -192,6 +267,7 @@ async def test_a_stream_whose_client_never_ends_its_side_is_given_up_too() -> No
 async def test_a_reset_cancels_what_waits_and_lets_its_session_go() -> None:
     peer = Peer()
     streams = [peer.open(BIDI, b"wait"), peer.open(SHOUT, b"wait"), peer.open(BIDI, b"count")]
+    streams.append(peer.open(BIDI, b"spin"))
     await peer.settle()
     for _ in range(20):
         await asyncio.sleep(0.001)
@@ -200,7 +276,7 @@ async def test_a_reset_cancels_what_waits_and_lets_its_session_go() -> None:
     for stream_id in streams:
         peer.h2.reset_stream(stream_id)
     await peer.settle()
-    assert peer.calls.cancelled == 3
+    assert peer.calls.cancelled == 4
     assert not peer.server._streams
     assert peer.calls.finished == 0, "finish is for clients that ended their side"
     await _alive(peer)
@@ -336,6 +412,24 @@ async def test_streams_leave_no_garbage_cycles_behind() -> None:
         peer.heard.clear()
         peer.events.clear()
         assert gc.collect() < 20
+    finally:
+        gc.enable()
+
+
+async def test_a_closed_connection_is_freed_without_the_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        peer = Peer()
+        peer.open(BIDI, b"wait")
+        peer.open(BIDI, b"count")
+        peer.open(BIDI, b"a")
+        await peer.settle()
+        gone = weakref.ref(peer.server)
+        peer.server.connection_lost(None)
+        await asyncio.sleep(0.01)
+        del peer
+        assert gone() is None
     finally:
         gc.enable()
 

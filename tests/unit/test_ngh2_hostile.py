@@ -167,7 +167,7 @@ class Process:
 
     def descriptors(self) -> int:
         with grpc.insecure_channel(f"unix:{self.path}") as channel:
-            return int(unary(channel, "/test.Process/Descriptors")(b"", timeout=10))
+            return int(unary(channel, "/test.Process/Descriptors")(b"", timeout=10, wait_for_ready=True))
 
     def attack(self, data: Iterator[bytes], seconds: float) -> None:
         """Send until the server has had enough, or time is up; read nothing."""

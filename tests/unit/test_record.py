@@ -149,7 +149,7 @@ def test_usage_is_what_was_told_else_an_estimate_that_says_so(
     made = row(snapshot, **changes)
     assert (made.outcome, made.usage, made.estimated) == (outcome, usage, estimated)
     if usage is None:
-        assert made.cost_nusd is made.price_source is None
+        assert (made.cost_nusd, made.price_source) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_what_was_turned_away_has_a_code_and_no_cost(
 ) -> None:
     made = row(snapshot, decided=decided, **{"attempts": (), "usage": None, **changes})
     assert (made.outcome, made.code, made.usage, made.cost_nusd, made.estimated) == (outcome, code, None, None, False)
-    assert made.provider is made.tried is None
+    assert (made.provider, made.tried) == (None, None)
 
 
 def test_a_provider_that_is_gone_from_the_config_leaves_the_usage(snapshot: Snapshot) -> None:

@@ -104,7 +104,7 @@ class _Cooling(NothingKnown):
 
 def test_a_provider_that_cools_down_is_tried_last_and_not_left_out() -> None:
     targets = model(target("d"), target("a", priority=1), target("b", priority=2))
-    made = attempts(targets, "m", endpoints.CHAT, SNAPSHOT, Random(0), _Cooling())
+    made = attempts(targets, "m", endpoints.CHAT, SNAPSHOT, Random(0), health=_Cooling())
     assert [attempt.provider.name for attempt in made] == ["b", "d", "a"]
 
 

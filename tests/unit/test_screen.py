@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +120,17 @@ def test_no_text_makes_the_screen_fail_or_print_a_second_line(text: str) -> None
         )
         assert out.getvalue().endswith("\n")
         assert len(out.getvalue().splitlines()) == 1
+
+
+def test_what_to_type_next_can_be_copied_from_a_terminal_of_any_width() -> None:
+    quickstart = ROOT / "deploy" / "quickstart" / "gateway.yaml"
+    snapshot = parse(quickstart.read_bytes(), path=quickstart, environ={}, require_secrets=True)
+    assert isinstance(snapshot, Snapshot)
+    (bare, expected), narrow = plain(), io.StringIO()
+    bare.welcome(snapshot)
+    Screen(Console(file=narrow, force_terminal=True, color_system="standard", width=40)).welcome(snapshot)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", narrow.getvalue())
+    assert shown == expected.getvalue()
 
 
 def test_an_output_that_can_not_show_a_letter_shows_another() -> None:

@@ -158,7 +158,7 @@ async def test_it_is_in_a_session_of_its_own_so_that_ctrl_c_reaches_the_supervis
 
 LIFELINE = """
 import asyncio
-from extproc import lifeline
+from extproc.demo import lifeline
 
 async def main():
     stop = asyncio.Event()

@@ -48,7 +48,12 @@ def test_the_rest_is_judged_by_itself_and_not_by_the_beginning() -> None:
 def test_repeated_names_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     encode = vocabulary.count_piece
-    monkeypatch.setattr(vocabulary, "count_piece", lambda name, piece: (seen.append(piece), encode(name, piece))[1])
+
+    def spy(name: str, piece: str) -> int:
+        seen.append(piece)
+        return encode(name, piece)
+
+    monkeypatch.setattr(vocabulary, "count_piece", spy)
     assert count("chat", {"messages": [{"role": "user", "content": "hi"}] * 50}).tokens == 50 * 5 + 3
     assert seen == ["user", "hi"]
 
