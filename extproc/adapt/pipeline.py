@@ -21,7 +21,7 @@ class UnknownAttemptError(LookupError):
 def adapt(decision: Decision, attempt: int, content_type: str, body: bytes) -> Rewrite:
     """The body for attempt number `attempt` (from 1).
 
-    Raises UnknownAttemptError where the decision has no such attempt, ValueError where decide's own body no longer parses.
+    Raises UnknownAttemptError where the decision has no such attempt, ValueError where the body does not parse.
     """
     if not 1 <= attempt <= len(decision.models):
         raise UnknownAttemptError(attempt)

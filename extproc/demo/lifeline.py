@@ -1,6 +1,6 @@
 """A lifeline: a process ends when the one that started it has ended, however that one ended.
 
-Watched by workers and the demo provider, held by `server.children`. The surprising thing: it is standard input. The
+Watched by the demo provider, held by `server.children`. The surprising thing: it is standard input. The
 starter keeps the other end of a pipe and writes nothing; the kernel closes that end even when the starter is killed, on
 every Unix, and no signal of the parent's death is as portable.
 """

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from extproc.demo import lifeline
-from extproc.demo import anthropic, chat, completions, embeddings, responses
+from extproc.demo import anthropic, chat, completions, embeddings, lifeline, responses
 from extproc.demo.answers import answer, prompt_tokens
 from extproc.demo.schema import UnsatisfiableError
 from extproc.demo.tokens import Split, o200k

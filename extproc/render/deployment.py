@@ -1,4 +1,4 @@
-"""Where a rendered configuration will run: sockets, folders, the CA bundle. What gateway.yaml does not say."""
+"""Where a rendered configuration will run: sockets, folders, the CA bundle. The half that gateway.yaml does not say."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_repeated_names_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> Non
     seen: list[str] = []
     encode = vocabulary.count_piece
 
-    def spy(name: str, piece: str) -> int:
+    def spy(name: vocabulary.EncodingName, piece: str) -> int:
         seen.append(piece)
         return encode(name, piece)
 
