@@ -36,7 +36,7 @@ lint: dev
 	$(BIN)/lint-imports
 
 unit: dev
-	$(PYTEST) tests/unit -m "not slow" -n 2 --dist loadfile
+	$(PYTEST) tests/unit -m "not slow" -n 2 --dist loadfile --hypothesis-profile=quick
 
 test: dev $(VENV)/model.stamp lint ## everything: linters, unit tests, end to end through a real Envoy, a real model
 	$(PYTEST) -n 2 --dist loadfile

@@ -7,6 +7,7 @@ from hypothesis import settings
 
 # A busy machine is no fault of the code: what must be fast says so in its own test.
 settings.register_profile("extproc", deadline=None)
+settings.register_profile("quick", deadline=None, max_examples=20)  # `make check`
 settings.load_profile("extproc")
 
 pytest_plugins = ["tests.postgres"]

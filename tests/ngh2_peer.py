@@ -15,7 +15,7 @@ import ngh2
 from extproc.server.ngh2_connection import Connection
 from extproc.server.ngh2_stream import Limits
 from extproc.server.transport import Method
-from tests.transports import BIDI, Calls
+from tests.transports import BIDI, SHOUT, Calls
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
@@ -199,6 +199,12 @@ class Peer:
             self.pump()
             await asyncio.sleep(0)
         self.pump()
+
+    async def is_served(self) -> bool:
+        """Whether the connection still answers."""
+        stream_id = self.open(SHOUT, b"alive")
+        await self.settle()
+        return self.heard[stream_id].messages == [b"ALIVE"]
 
     def feed(self, data: bytes) -> None:
         """Raw bytes to the server, as much as a socket would give at once."""

@@ -40,6 +40,11 @@ AWKWARD = 'naïve 100% "quoted"\n€'
 MAX_BODY_BYTES = 32 << 20
 
 
+_LATE = frozenset(
+    (b"sleep", b"wait", b"late-refuse", b"late-break", b"late-done", b"late-cancel", b"mend", b"spin", b"cancel")
+)
+
+
 class Calls:
     """The methods of a test, and what happened to their sessions."""
 
@@ -104,7 +109,17 @@ class Scripted:
                 return (message,)
             case b"at-once":
                 return self._at_once(message)
-            case b"sleep" | b"wait" | b"late-refuse" | b"late-break" | b"mend" | b"late-done" | b"spin":
+            case (
+                b"sleep"
+                | b"wait"
+                | b"late-refuse"
+                | b"late-break"
+                | b"mend"
+                | b"late-done"
+                | b"spin"
+                | b"cancel"
+                | b"late-cancel"
+            ):
                 return self._late(message)
             case b"count":
                 return self._count()
@@ -134,6 +149,12 @@ class Scripted:
                 # The first thing that is awaited fails, and the session knows what to do about it.
                 with suppress(ZeroDivisionError):
                     await asyncio.get_running_loop().run_in_executor(None, lambda: 1 // 0)
+            case b"cancel":
+                raise asyncio.CancelledError
+            case b"late-cancel":
+                cancelled = asyncio.get_running_loop().create_future()
+                asyncio.get_running_loop().call_soon(cancelled.cancel)
+                await cancelled
             case b"spin":
                 try:
                     while True:

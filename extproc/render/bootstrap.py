@@ -18,7 +18,7 @@ from envoy_data_plane.google.protobuf import Any
 
 from extproc.config.snapshot import Snapshot
 from extproc.providers.kinds import KINDS
-from extproc.render.clusters import clusters
+from extproc.render.clusters import clusters, secret_name
 from extproc.render.deployment import Deployment
 from extproc.render.listener import listener
 
@@ -66,13 +66,17 @@ def _plain(value: object) -> object:
 
 
 def secret_files(snapshot: Snapshot, deployment: Deployment, secrets: Mapping[str, str]) -> dict[str, str]:
-    """Path to content of Envoy's secret files: `secrets` gives each provider's secret by the provider's name."""
-    return {
-        str(deployment.secret_file(name)): _secret_file(
-            name, KINDS[snapshot.providers[name].kind].credential_prefix + secret
-        )
-        for name, secret in secrets.items()
-    }
+    """Path to content of Envoy's secret files: `secrets` gives each provider's secret by the provider's name.
+
+    Providers that name the same variable or file share one: Envoy watches each file with an inotify instance of its
+    own, and a user has 128 of those by default.
+    """
+    files: dict[str, str] = {}
+    for provider, secret in secrets.items():
+        name = secret_name(snapshot.providers[provider], snapshot)
+        prefix = KINDS[snapshot.providers[provider].kind].credential_prefix
+        files[str(deployment.secret_file(name))] = _secret_file(name, prefix + secret)
+    return files
 
 
 def _secret_file(name: str, value: str) -> str:

@@ -233,7 +233,7 @@ def _filters(provider: Provider, snapshot: Snapshot, deployment: Deployment, *, 
     if adapts:
         filters.append(_adapt(provider))
     if provider.secret is not None:
-        filters += [_credential(provider, deployment), _withhold(provider)]
+        filters += [_credential(provider, snapshot, deployment), _withhold(provider)]
     return [*filters, HttpFilter(name="codec", typed_config=Any.pack(UpstreamCodec()))]
 
 
@@ -324,12 +324,22 @@ def _adapt(provider: Provider) -> HttpFilter:
     )
 
 
-def _credential(provider: Provider, deployment: Deployment) -> HttpFilter:
+def secret_name(provider: Provider, snapshot: Snapshot) -> str:
+    """What Envoy calls a provider's secret: the first provider that names the same variable or file in the same way."""
+    prefix = KINDS[provider.kind].credential_prefix
+    return next(
+        other.name
+        for other in snapshot.providers.values()
+        if other.secret == provider.secret and KINDS[other.kind].credential_prefix == prefix
+    )
+
+
+def _credential(provider: Provider, snapshot: Snapshot, deployment: Deployment) -> HttpFilter:
     directory = WatchedDirectory(path=str(deployment.secrets_dir))
-    path = str(deployment.secret_file(provider.name))
+    path = str(deployment.secret_file(secret_name(provider, snapshot)))
     source = ConfigSource(path_config_source=PathConfigSource(path=path, watched_directory=directory))
     generic = Generic(
-        credential=SdsSecretConfig(name=provider.name, sds_config=source),
+        credential=SdsSecretConfig(name=secret_name(provider, snapshot), sds_config=source),
         header=KINDS[provider.kind].credential_header,
     )
     injector = CredentialInjector(

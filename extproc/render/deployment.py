@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from urllib.parse import quote
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +56,8 @@ class Deployment:
     def worker_socket(self, number: int) -> PurePosixPath:
         return self.run_dir / f"worker-{number}.sock"
 
-    def secret_file(self, provider: str) -> PurePosixPath:
-        return self.secrets_dir / f"{quote(provider, safe='')}.json"
+    def secret_file(self, secret: str) -> PurePosixPath:
+        return self.secrets_dir / f"{secret}.json"
 
 
 _KNOWN_BUNDLES = (

@@ -36,6 +36,7 @@ from extproc.record.pipeline import row_of
 from extproc.record.writer import BatchWriter
 from extproc.server import accesslog, processor
 from extproc.server.board import Board
+from extproc.server.health import Health
 from extproc.server.pool import (
     BEAT,
     BEAT_EVERY_S,
@@ -141,13 +142,15 @@ async def serve(plan: WorkerPlan, pipes: WorkerPipes) -> None:
     current = Current(plan.snapshot, lambda snapshot: Decider(snapshot, meter, draw, health))
     recorder = Recorder(current, ratios, health, writer.put, _tell)
     methods = (processor.method(lambda: current.decider), accesslog.method(recorder))
-    transport = _transport(plan, pipes, methods)
+    serving = Health(methods)
+    transport = _transport(plan, pipes, (*methods, *serving.methods()))
     await transport.start()
     # What lives now lives as long as the process: the collector need not look at it again.
     gc.collect()
     gc.freeze()
     async with _Lifeline(pipes, plan, current, ledger, stop.set):
         await stop.wait()
+    serving.stop()
     await transport.drain(DRAIN_S)
     await writer.close()
     counter.close()

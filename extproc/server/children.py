@@ -67,12 +67,14 @@ class Child:
         ended = asyncio.create_task(process.wait())
         ready = asyncio.create_task(self.ready.wait())
         await asyncio.wait((ended, ready), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        was_ready = ready.done()  # even where it has ended since, and so is not ready any more
         for waiting in (ended, ready):
             waiting.cancel()
+        if was_ready:
+            return
         if process.returncode is not None:
             raise ChildFailedError(f"{self.name} ended with {process.returncode} before it was ready")
-        if not self.ready.is_set():
-            raise ChildFailedError(f"{self.name} was not ready after {timeout_s:g} s")
+        raise ChildFailedError(f"{self.name} was not ready after {timeout_s:g} s")
 
     def send(self, line: bytes) -> None:
         """Write a line to its standard input. Raises OSError when it does not run."""

@@ -157,7 +157,7 @@ class Stream:
                 if self._method.shape is Shape.UNARY:
                     raise StatusError(Status.INTERNAL, "the stream ended without a message")
                 self._end(self._session.finish())
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             self._fail(error)
 
     def _give(self, message: bytes) -> None:
@@ -181,9 +181,8 @@ class Stream:
         try:
             answer = await replies
             self._go_on(answer)
-        except Exception as error:
-            self._task = None
-            self._fail(error)
+        except (Exception, asyncio.CancelledError) as error:
+            self._stop_for(error)
         self._wire.flush()
 
     async def _answer_along(self, replies: AsyncIterator[bytes]) -> None:
@@ -192,10 +191,16 @@ class Stream:
                 self._send((reply,))
                 self._wire.flush()
             self._go_on(())
-        except Exception as error:
-            self._task = None
-            self._fail(error)
+        except (Exception, asyncio.CancelledError) as error:
+            self._stop_for(error)
         self._wire.flush()
+
+    def _stop_for(self, error: BaseException) -> None:
+        """The task failed. A cancellation is the peer's doing, or else that of something that the session awaited."""
+        self._task = None
+        if isinstance(error, asyncio.CancelledError) and self.answered:
+            raise error
+        self._fail(error)
 
     def _go_on(self, replies: Replies) -> None:
         """A session that made the peer wait has answered."""
@@ -250,7 +255,7 @@ class Stream:
             _log.debug("stream %d ended before its status", self.id)
         self.release()
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         if isinstance(error, StatusError):
             self._end((), trailers(error))
         elif not self.answered:

@@ -82,6 +82,8 @@ def changes_of(running: Gateway) -> dict[str, Change]:
     for each in _provider_filters(config, _PROVIDER):
         if each["name"] not in _KEPT:
             changes[f"without provider filter {each['name']}"] = _without_provider_filter(each["name"])
+    for log in connection_manager(config)["access_log"]:
+        changes[f"without access log {log['name']}"] = _without_log(log["name"])
     for name in ("access_log", "early_header_mutation_extensions", "local_reply_config"):
         if name in connection_manager(config):
             changes[f"without {name}"] = _without_setting(name)
@@ -114,6 +116,14 @@ def _without_filter(name: str) -> Change:
 
 def _without_setting(name: str) -> Change:
     return lambda config: connection_manager(config).pop(name)
+
+
+def _without_log(name: str) -> Change:
+    def change(config: Config) -> None:
+        connections = connection_manager(config)
+        connections["access_log"] = [log for log in connections["access_log"] if log["name"] != name]
+
+    return change
 
 
 def _without_provider_filter(name: str) -> Change:
@@ -154,17 +164,22 @@ def _decide_before_plain_route(config: Config) -> None:
 
 
 def _large_batches(config: Config) -> None:
-    for log in connection_manager(config)["access_log"]:
-        log["typed_config"]["common_config"]["buffer_size_bytes"] = 1 << 20
+    for log in _grpc_logs(config):
+        log["buffer_size_bytes"] = 1 << 20
 
 
 def _own_connection(config: Config) -> None:
-    for log in connection_manager(config)["access_log"]:
-        service = log["typed_config"]["common_config"]["grpc_service"]["envoy_grpc"]
+    for log in _grpc_logs(config):
+        service = log["grpc_service"]["envoy_grpc"]
         clusters = config["static_resources"]["clusters"]
         own = copy.deepcopy(next(each for each in clusters if each["name"] == service["cluster_name"]))
         own["name"] = own["load_assignment"]["cluster_name"] = service["cluster_name"] = "record-of-its-own"
         clusters.append(own)
+
+
+def _grpc_logs(config: Config) -> list[Config]:
+    logs = (log["typed_config"] for log in connection_manager(config)["access_log"])
+    return [log["common_config"] for log in logs if "common_config" in log]
 
 
 def _large_windows(config: Config) -> None:

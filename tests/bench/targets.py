@@ -10,6 +10,7 @@ import copy
 import http.client
 import json
 import os
+import re
 import socket
 import subprocess
 import sysconfig
@@ -68,10 +69,10 @@ def gateway(
 ) -> Iterator[tuple[Target, Gateway]]:
     """`extproc run`, with `keys` keys `KEY` and `models` models `NUMBERED_MODEL` beside the two that are always there.
 
-    `concurrency` goes to the supervisor as `EXTPROC_ENVOY_CONCURRENCY`.
+    `concurrency` goes to the supervisor as `EXTPROC_ENVOY_THREADS`.
     """
     sections = gateway_yaml(upstream_port, keys=keys, models=models)
-    environ = {"EXTPROC_ENVOY_CONCURRENCY": str(concurrency)}
+    environ = {"EXTPROC_ENVOY_THREADS": str(concurrency)}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, Gateway(Path(folder), sections, environ) as running:
         roles = roles_of_gateway(running.pid)
         yield Target(name, running.port, lambda: roles), running
@@ -244,8 +245,8 @@ def _address(port: int) -> Config:
 def envoy_version() -> str:
     """Such as `1.40.0`."""
     said = subprocess.run([str(BINARY), "--version"], capture_output=True, text=True, check=False).stdout
-    parts = said.strip().split("/")
-    return parts[1] if len(parts) > 1 else "unknown"
+    found = re.search(r"/(\d+\.\d+\.\d+)/", said)
+    return found[1] if found else "unknown"
 
 
 def cores() -> int:

@@ -28,6 +28,7 @@ def part(value: bytes = b"whisper-1", name: bytes = b'"model"', more: bytes = b"
 
 
 FILE = part(AUDIO, b'"file"; filename="a.wav"', b"Content-Type: audio/wav\r\n")
+FILE_OF_BROKEN_BASE64 = part(b"de=6Do", b'"file"; filename="a.wav"', b"Content-Transfer-Encoding: base64\r\n")
 END = b"--xyz--\r\n"
 
 
@@ -65,8 +66,9 @@ def models_by_aiohttp(body: bytes, content_type: str) -> list[bytes]:
         reader = aiohttp.MultipartReader(headers, stream)
         while (found := await reader.next()) is not None:
             assert isinstance(found, aiohttp.BodyPartReader)
-            value = await found.read(decode=True)
-            if (found.name or "").strip().casefold() == "model":
+            is_model = (found.name or "").strip().casefold() == "model"
+            value = await found.read(decode=is_model)  # another part's broken base64 says nothing about the model
+            if is_model:
                 models.append(bytes(value))
         return models
 
@@ -178,6 +180,7 @@ def forms(draw: st.DrawFn) -> bytes:
 @example(body=FILE + part() + END, content_type=FORM)
 @example(body=part(b"\n--xyz\n", b'"file"') + part() + END, content_type=FORM)
 @example(body=part(more=b"Content-Length: 9\r\n") + END, content_type=FORM)
+@example(body=part() + FILE_OF_BROKEN_BASE64 + END, content_type=FORM)
 def test_no_lenient_parser_reads_another_model(
     parser: Callable[[bytes, str], list[bytes]], body: bytes, content_type: str
 ) -> None:
@@ -186,7 +189,10 @@ def test_no_lenient_parser_reads_another_model(
         assert form.code is Code.INVALID_MULTIPART
         return
     expected = [] if form.model is None else [form.model.encode()]
-    assert parser(body, content_type) == expected
+    try:
+        assert parser(body, content_type) == expected
+    except python_multipart.exceptions.DecodeError:
+        return  # broken base64 in another part: this parser refuses the whole form, and reads no model at all
     if form.model is not None:
         assert parser(splice(body, form.replace("another-model")), content_type) == [b"another-model"]
 

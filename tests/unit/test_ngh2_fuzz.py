@@ -28,7 +28,7 @@ from tests.transports import BIDI, BROKEN, COLLECT, META, REFUSED, SHOUT, Calls
 PATHS = (BIDI, COLLECT, SHOUT, META, REFUSED, BROKEN, "/unknown")
 WORDS = (
     *(b"a", b"", b"sleep", b"wait", b"mend", b"count", b"spin", b"done", b"late-done"),
-    *(b"refuse", b"late-refuse", b"break", b"late-break"),
+    *(b"refuse", b"late-refuse", b"break", b"late-break", b"cancel", b"late-cancel"),
 )
 EXAMPLES = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

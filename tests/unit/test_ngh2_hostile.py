@@ -22,6 +22,8 @@ from tests.hostile import ATTACKS, HELLO, STRANGERS, rapid_reset
 from tests.ngh2_peer import MESSAGE_LIMIT, Peer, Wires
 from tests.transports import BIDI, SHOUT, Calls, bidi, unary
 
+pytestmark = pytest.mark.slow
+
 MB = 1 << 20
 ATTACK_BYTES = 3 * MB
 CLOSED = {

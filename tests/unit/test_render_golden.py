@@ -99,6 +99,7 @@ def test_the_published_json_schema_is_what_the_program_checks_with(update: bool)
     matches(ROOT / "docs" / "gateway.schema.json", text, update=update)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CASES, *EXAMPLES])
 def test_envoy_takes_the_configuration_and_the_files_that_a_running_one_watches(name: str, tmp_path: Path) -> None:
     case = CASES.get(name) or EXAMPLES[name]
@@ -164,6 +165,22 @@ def test_secrets_stand_in_files_of_their_own_named_after_their_providers() -> No
         "/run/extproc/secrets/openai.json": f"Bearer {SECRET}",
         "/run/extproc/secrets/anthropic.json": SECRET,
     }
+
+
+def test_providers_with_the_same_secret_share_a_file() -> None:
+    """Envoy watches each file with an inotify instance, and a user has 128 of them by default."""
+    document = {
+        "providers": {
+            name: {"kind": "openai", "endpoint": f"http://127.0.0.1:{port}/v1", "api_key": {"env": variable}}
+            for name, port, variable in (("one", 1, "SHARED"), ("two", 2, "SHARED"), ("three", 3, "OWN"))
+        }
+    }
+    environ = {"SHARED": SECRET, "OWN": "another"}
+    snapshot = parse(json.dumps(document).encode(), path=Path("gateway.yaml"), environ=environ, require_secrets=True)
+    assert isinstance(snapshot, Snapshot)
+    files = secret_files(snapshot, PRODUCTION, {"one": SECRET, "two": SECRET, "three": "another"})
+    assert sorted(files) == ["/run/extproc/secrets/one.json", "/run/extproc/secrets/three.json"]
+    assert "secrets/two.json" not in render(snapshot, PRODUCTION)
 
 
 def matches(golden: Path, text: str, *, update: bool) -> None:
