@@ -18,6 +18,7 @@ from envoy_data_plane.envoy.config.cluster.v3 import (
     ClusterDiscoveryType,
     ClusterDnsLookupFamily,
     ClusterLbPolicy,
+    OutlierDetection,
 )
 from envoy_data_plane.envoy.config.common.mutation_rules.v3 import HeaderMutation, HeaderMutationRemoveOnMatch
 from envoy_data_plane.envoy.config.core.v3 import (
@@ -146,6 +147,18 @@ def _unlimited() -> CircuitBreakers:
     )
 
 
+def _ejection() -> OutlierDetection:
+    """One bad address of several behind a name is left out for a while. The only one never is: with the refusing one it
+    makes two, and a third of two is none. A whole provider in trouble is the cooldown's matter (`record.health`).
+    """
+    return OutlierDetection(
+        consecutive_5xx=5,
+        interval=timedelta(seconds=5),
+        base_ejection_time=timedelta(seconds=10),
+        max_ejection_percent=34,
+    )
+
+
 def _provider(provider: Provider, snapshot: Snapshot, deployment: Deployment, *, adapts: bool) -> Cluster:
     name = f"{provider.name}/adapt" if adapts else provider.name
     endpoint = provider.endpoint
@@ -173,6 +186,7 @@ def _provider(provider: Provider, snapshot: Snapshot, deployment: Deployment, *,
     )
     if by_name:
         cluster.dns_lookup_family = ClusterDnsLookupFamily.V4_PREFERRED
+        cluster.outlier_detection = _ejection()
     if endpoint is not None and endpoint.scheme == "https":
         cluster.transport_socket = _tls(endpoint, provider, deployment)
     return cluster

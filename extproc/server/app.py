@@ -47,7 +47,7 @@ from extproc.server.pool import (
     RELOADED,
     WorkerPipes,
 )
-from extproc.server.transport import Method, Transport
+from extproc.server.transport import Method, TcpAddress, Transport
 from extproc.server.watch import line_of
 from extproc.stores.sql import open_ledger
 
@@ -68,7 +68,10 @@ class TransportName(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlan:
-    """What each worker is started with. `load` compiles a configuration file and raises ValueError where it is bad."""
+    """What each worker is started with. `load` compiles a configuration file and raises ValueError where it is bad.
+
+    A worker listens at `address` where there is one, else at its `socket`.
+    """
 
     snapshot: Snapshot
     load: Callable[[Path], Snapshot]
@@ -76,6 +79,7 @@ class WorkerPlan:
     transport: TransportName
     socket: Path
     board: Board
+    address: TcpAddress | None = None
 
 
 class Current:
@@ -255,11 +259,12 @@ def _transport(plan: WorkerPlan, pipes: WorkerPipes, methods: Sequence[Method]) 
         case TransportName.NGH2:
             from extproc.server.ngh2_transport import Ngh2Transport  # noqa: PLC0415  (only the one in use)
 
-            return Ngh2Transport(pipes.listener or plan.socket, methods, max_body_bytes=max_body_bytes)
+            tls = plan.address.tls if plan.address else None
+            return Ngh2Transport(pipes.listener or plan.socket, methods, max_body_bytes=max_body_bytes, tls=tls)
         case TransportName.GRPC_AIO:
             from extproc.server.grpc_aio import GrpcAioTransport  # noqa: PLC0415
 
-            return GrpcAioTransport(plan.socket, methods, max_body_bytes=max_body_bytes)
+            return GrpcAioTransport(plan.address or plan.socket, methods, max_body_bytes=max_body_bytes)
         case _ as never:
             assert_never(never)
 

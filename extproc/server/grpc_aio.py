@@ -72,7 +72,11 @@ class GrpcAioTransport:
                 listening.close()
                 self._bind_at(path)
             case TcpAddress(host, port, tls):
-                self._server.add_secure_port(f"{host}:{port}", _credentials(tls))
+                where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+                if tls is None:
+                    self._server.add_insecure_port(where)
+                else:
+                    self._server.add_secure_port(where, _credentials(tls))
             case _ as never:
                 assert_never(never)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +24,22 @@ _LAST_WORDS_S = 0.2
 
 
 class Ngh2Transport:
-    """See `transport.Transport`. `max_body_bytes` bounds what one message may hold; `ping_every_s`: see `Limits`."""
+    """See `transport.Transport`. `max_body_bytes` bounds what one message may hold; `ping_every_s`: see `Limits`.
+
+    `tls` is for a TCP socket that was given; an address has its own.
+    """
 
     def __init__(
-        self, listener: Listener, methods: Sequence[Method], *, max_body_bytes: int, ping_every_s: float = 30.0
+        self,
+        listener: Listener,
+        methods: Sequence[Method],
+        *,
+        max_body_bytes: int,
+        ping_every_s: float = 30.0,
+        tls: MutualTls | None = None,
     ) -> None:
         self._listener = listener
+        self._tls = tls
         self._methods = {method.path.encode(): method for method in methods}
         self._limits = Limits(max_body_bytes + _ENVELOPE_BYTES, ping_every_s=ping_every_s)
         self._connections: set[Connection] = set()
@@ -47,7 +56,7 @@ class Ngh2Transport:
                 self._server = await self._serve_given(listening)
             case TcpAddress(host, port, tls):
                 self._server = await loop.create_server(
-                    self._connect, host, port, ssl=_ssl_context(tls), backlog=_BACKLOG
+                    self._connect, host, port, ssl=tls.context() if tls else None, backlog=_BACKLOG
                 )
             case _ as never:
                 assert_never(never)
@@ -72,18 +81,12 @@ class Ngh2Transport:
 
     async def _serve_given(self, listening: socket.socket) -> asyncio.Server:
         loop = asyncio.get_running_loop()
+        if listening.family != socket.AF_UNIX:
+            context = self._tls.context() if self._tls else None
+            return await loop.create_server(self._connect, sock=listening, ssl=context, backlog=_BACKLOG)
         if sys.version_info >= (3, 13):
             return await loop.create_unix_server(self._connect, sock=listening, backlog=_BACKLOG, cleanup_socket=False)
         return await loop.create_unix_server(self._connect, sock=listening, backlog=_BACKLOG)
 
     def _connect(self) -> Connection:
         return Connection(self._methods, self._limits, self._connections)
-
-
-def _ssl_context(tls: MutualTls) -> ssl.SSLContext:
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(tls.client_ca))
-    context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 9113 section 9.2
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_cert_chain(tls.certificate, tls.private_key)
-    context.set_alpn_protocols(["h2"])
-    return context

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,26 +65,32 @@ class _Slot:
 
 
 class Pool:
-    """Keeps `workers` workers running until SIGTERM, SIGINT or the end of standard input.
+    """Keeps one worker for each of `listeners` running until SIGTERM, SIGINT or the end of its supervisor.
 
-    `work` is a worker's whole life, run in the fork; `load` makes the parent's own copy of a configuration that later
-    forks begin with, and raises ValueError where it is no good. `say` takes lines for whoever started the pool. With
-    `bind` the parent holds the listening sockets, else each worker binds its own (grpcio takes none that is bound).
+    The parent holds the listening sockets, of which several may be the same; where there is None, the worker binds its
+    own (grpcio takes none that is bound). `work` is a worker's whole life, run in the fork; `load` makes the parent's
+    own copy of a configuration that later forks begin with, and raises ValueError where it is no good. `say` takes
+    lines for whoever started the pool.
+
+    A supervisor gives commands on standard input, whose end is the pool's. Without one, `on_hangup` is given and
+    standard input never looked at: at SIGHUP it makes the file to reload, and raises ValueError where there is none.
     """
 
     def __init__(
         self,
-        sockets: list[Path],
+        listeners: Sequence[socket.socket | None],
         work: Callable[[WorkerPipes], None],
         load: Callable[[Path], str],
         say: Callable[[str], None],
         *,
-        bind: bool,
+        on_hangup: Callable[[], Path] | None = None,
     ) -> None:
-        self._slots = [_Slot(number, _listen(path) if bind else None) for number, path in enumerate(sockets)]
+        self._slots = [_Slot(number, listener) for number, listener in enumerate(listeners)]
         self._work = work
         self._load = load
         self._say = say
+        self._on_hangup = on_hangup
+        self._hung_up = False
         self._ending = False
         self.orphaned = False
         """True once standard input has ended: whoever started the pool is gone."""
@@ -103,10 +109,14 @@ class Pool:
         for wanted in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
             signal.signal(wanted, self._on_signal)
         self._selector.register(wakeup, selectors.EVENT_READ, lambda: _drain(wakeup))
-        os.set_blocking(0, False)
-        with suppress(PermissionError):  # a file or /dev/null can not be watched, and has no end to tell
-            self._selector.register(0, selectors.EVENT_READ, self._on_command)
+        if self._on_hangup is None:
+            os.set_blocking(0, False)
+            with suppress(PermissionError):  # a file or /dev/null can not be watched, and has no end to tell
+                self._selector.register(0, selectors.EVENT_READ, self._on_command)
+        else:
+            signal.signal(signal.SIGHUP, self._on_signal)
         while not self._ending:
+            self._reload_after_hangup()
             self._replace()
             for key, _ in self._selector.select(_POLL_S):
                 key.data()
@@ -114,7 +124,9 @@ class Pool:
         self._end()
 
     def _on_signal(self, number: int, _: object) -> None:
-        if number != signal.SIGCHLD:
+        if number == signal.SIGHUP:
+            self._hung_up = True
+        elif number != signal.SIGCHLD:
             self._ending = True
 
     # Forking
@@ -149,6 +161,8 @@ class Pool:
             signal.set_wakeup_fd(-1)
             for wanted in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
                 signal.signal(wanted, signal.SIG_DFL)
+            # A terminal that closes tells all of its processes; a worker hears of reloads from its parent alone.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             self._selector.close()
             for descriptor in parents:
                 os.close(descriptor)
@@ -253,6 +267,17 @@ class Pool:
             elif word == "reconcile":
                 self._pass_on(line)
 
+    def _reload_after_hangup(self) -> None:
+        """One reload at a time: a signal that comes during one asks for another after it."""
+        if self._hung_up and self._reloading is None and self._on_hangup is not None:
+            self._hung_up = False
+            try:
+                file = self._on_hangup()
+            except ValueError as error:
+                self._say(f"not-reloaded {error}")
+            else:
+                self._reload(file)
+
     def _reload(self, file: Path) -> None:
         try:
             self._reloading = self._load(file)
@@ -301,12 +326,21 @@ class Pool:
                 os.kill(pid, signal.SIGKILL)
 
 
-def _listen(path: Path) -> socket.socket:
+def listen_at(path: Path) -> socket.socket:
+    """A Unix socket that its owner alone can connect to. Raises OSError."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
     path.chmod(0o600)
     listener.listen(1024)
+    listener.setblocking(False)  # noqa: FBT003
+    return listener
+
+
+def listen_on(host: str, port: int) -> socket.socket:
+    """A TCP socket that all workers may share: each accepts from the one queue. Raises OSError."""
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    listener = socket.create_server(address[:2], family=family, backlog=1024)
     listener.setblocking(False)  # noqa: FBT003
     return listener
 

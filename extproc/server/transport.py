@@ -8,6 +8,7 @@ transport need not make a task for each message.
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum, auto
@@ -89,18 +90,32 @@ class MutualTls:
     private_key: Path
     client_ca: Path
 
+    def context(self) -> ssl.SSLContext:
+        """For Python's own TLS, HTTP/2 alone. Raises OSError, with the files' names, where they are no good."""
+        try:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(self.client_ca))
+            context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 9113 section 9.2
+            context.verify_mode = ssl.CERT_REQUIRED
+            # With a password given, though a wrong one, OpenSSL asks nobody for that of an encrypted key.
+            context.load_cert_chain(self.certificate, self.private_key, password="")
+        except (OSError, ValueError) as error:
+            names = f"certificate {self.certificate}, key {self.private_key}, client CA {self.client_ca}"
+            raise OSError(f"TLS can not begin with {names}: {getattr(error, 'strerror', None) or error}") from error
+        context.set_alpn_protocols(["h2"])
+        return context
+
 
 @dataclass(frozen=True, slots=True)
 class TcpAddress:
-    """Where an Envoy on another machine finds this process. Never without TLS: whoever connects is obeyed."""
+    """Where an Envoy on another machine finds this process. Whoever connects is obeyed: no `tls` on loopback alone."""
 
     host: str
     port: int
-    tls: MutualTls
+    tls: MutualTls | None
 
 
 Listener = Path | socket.socket | TcpAddress
-"""A Unix socket's path (made anew, mode 0600), a Unix socket that listens already, or an address."""
+"""A Unix socket's path (made anew, mode 0600), a socket that listens already, or an address."""
 
 
 class Transport(Protocol):
