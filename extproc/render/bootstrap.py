@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import cast
 
 from betterproto2 import Casing, Message
 from envoy_data_plane.envoy.config.bootstrap.v3 import Admin, Bootstrap, BootstrapStaticResources
@@ -49,7 +50,15 @@ def admin(deployment: Deployment) -> Admin:
 
 def as_json(message: Message) -> str:
     """A message as Envoy reads it from a file."""
-    return json.dumps(_plain(message.to_dict(casing=Casing.SNAKE)), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(_plain(message.to_dict(casing=_CASING)), indent=2, ensure_ascii=False) + "\n"
+
+
+def _field_name(name: str) -> str:
+    """As the .proto file has it. (betterproto2's own snake case makes `consecutive_5_xx` of `consecutive_5xx`.)"""
+    return name.rstrip("_")
+
+
+_CASING = cast(Casing, _field_name)  # its type knows its own two casings alone; any function does
 
 
 def _plain(value: object) -> object:
@@ -81,4 +90,4 @@ def secret_files(snapshot: Snapshot, deployment: Deployment, secrets: Mapping[st
 
 def _secret_file(name: str, value: str) -> str:
     secret = Secret(name=name, generic_secret=GenericSecret(secret=DataSource(inline_string=value)))
-    return json.dumps(DiscoveryResponse(resources=[Any.pack(secret)]).to_dict(casing=Casing.SNAKE))
+    return json.dumps(DiscoveryResponse(resources=[Any.pack(secret)]).to_dict(casing=_CASING))

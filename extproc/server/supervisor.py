@@ -269,6 +269,7 @@ class Supervisor:
             *(str(binary), "-c", str(self._folder.bootstrap), "--log-level", "error", "--use-dynamic-base-id"),
             *("--concurrency", str(self._size.envoy_threads), "--drain-time-s", str(_DRAIN_LISTENER_S)),
             *("--drain-strategy", "immediate", "--file-flush-interval-msec", "100"),
+            "--reject-unknown-dynamic-fields",  # a setting that Envoy does not know is none that it keeps
         )
         return Child("Envoy", command, self._bare_environ(), lambda _: None, until_ready=admin.wait_live)
 

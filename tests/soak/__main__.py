@@ -75,7 +75,7 @@ def _soak(folder: Path, upstreams: tuple[RecordingUpstream, RecordingUpstream], 
         },
         models={"m": {"targets": [{"provider": "one", "priority": 0}, {"provider": "two", "priority": 1}]}},
         teams={"search": TEAMS["search"]},
-        prices={"*/m": {"input": 1, "output": 2}},
+        prices={f"{name}/*": {"input": 1, "output": 2} for name in ("one", "two")},
     )
     draw = random.Random(options.seed)
     upstreams[0].behave(Reply(reset_before_headers=True), where=lambda _: draw.random() < _RESETS)
