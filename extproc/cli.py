@@ -12,10 +12,12 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NamedTuple, NoReturn
+from urllib.parse import urlsplit
 
 import typer
 import uvloop
@@ -38,6 +40,7 @@ Workers = Annotated[int, typer.Option(min=0, help="Worker processes; 0: one for 
 EnvoyThreads = Annotated[
     int, typer.Option(min=0, help="Envoy's threads; 0: one for each core.", envvar="EXTPROC_ENVOY_THREADS")
 ]
+Pem = Annotated[Path | None, typer.Option(help="PEM file.", show_default=False)]
 _DEFAULT_FILE = Path("gateway.yaml")
 
 
@@ -66,23 +69,82 @@ async def _supervise(make: Callable[[], Supervisor]) -> None:
 
 @app.command()
 def serve(
-    file: File,
-    copy: Annotated[Path, typer.Option(help="The copy of FILE to begin with.")],
-    run_dir: Annotated[Path, typer.Option(help="Where the workers' sockets are.")],
+    file: File = _DEFAULT_FILE,
+    *,
+    copy: Annotated[
+        Path | None,
+        typer.Option(help="Passed by `run`: the copy of FILE to begin with; commands then come on standard input."),
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the workers' sockets are; else in a folder that is removed at the end.")
+    ] = None,
     workers: Workers = 0,
     transport: Annotated[str, typer.Option(help="ngh2 or grpc-aio.", envvar="EXTPROC_TRANSPORT")] = "ngh2",
+    listen: Annotated[str, typer.Option(help="HOST:PORT, for an Envoy on another machine.")] = "",
+    tls_certificate: Pem = None,
+    tls_key: Pem = None,
+    tls_client_ca: Annotated[Path | None, typer.Option(help="PEM file: who may connect.", show_default=False)] = None,
 ) -> None:
-    """Run the workers alone, for an Envoy that something else starts (`run` starts both)."""
-    from extproc.config.secrets import SecretError  # noqa: PLC0415
+    """Run the workers alone, for an Envoy that something else starts (`run` starts both). SIGHUP reloads FILE."""
     from extproc.server.app import TransportName  # noqa: PLC0415
-    from extproc.server.workers import run_workers  # noqa: PLC0415
-    from extproc.stores.sql import StoreError  # noqa: PLC0415
+    from extproc.server.transport import MutualTls, TcpAddress  # noqa: PLC0415
+    from extproc.server.workers import Serving, run_alone, run_supervised  # noqa: PLC0415
 
+    pem = {"--tls-certificate": tls_certificate, "--tls-key": tls_key, "--tls-client-ca": tls_client_ca}
+    tcp = _tcp("--listen", listen, pem)
+    address = tcp and TcpAddress(tcp.host, tcp.port, MutualTls(*tcp.pem) if tcp.pem else None)
     _log_to_stderr()
     try:
-        run_workers(file, copy, run_dir, os.environ, workers=workers or _cores(), transport=TransportName(transport))
-    except (StoreError, SecretError, ValueError) as error:
+        name = TransportName(transport)
+        only_one = address is not None and name is TransportName.GRPC_AIO
+        serving = Serving(workers or (1 if only_one else _cores()), name, address)
+        if copy is None:
+            _load(file, require_secrets=False)
+            run_alone(file, run_dir, os.environ, serving)
+        elif run_dir is None:
+            _fail("--copy, which `run` passes, goes with --run-dir")
+        else:
+            run_supervised(file, copy, run_dir, os.environ, serving)
+    except ValueError as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'extproc serve'}: {error.strerror}" if error.strerror else str(error))
+
+
+class _Tcp(NamedTuple):
+    host: str
+    port: int
+    pem: tuple[Path, ...]
+
+
+def _tcp(option: str, where: str, pem: Mapping[str, Path | None]) -> _Tcp | None:
+    """Where workers are found over TCP, with all files of mutual TLS, or on loopback with none."""
+    names = ", ".join(pem)
+    files = tuple(file for file in pem.values() if file is not None)
+    if not where:
+        if files:
+            _fail(f"{names} go with {option} HOST:PORT")
+        return None
+    try:
+        parts = urlsplit(f"//{where}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or not port or where not in (f"{host}:{port}", f"[{host}]:{port}"):
+        _fail(f"{option} takes HOST:PORT in lower case, such as 10.0.0.7:9000 or [::1]:9000")
+    if files and len(files) < len(pem):
+        missing = ", ".join(name for name, file in pem.items() if file is None)
+        _fail(f"{option} takes all of {names}; missing: {missing}")
+    if not files and not _is_loopback(host):
+        _fail(f"{option} {where} needs {names}: without TLS, workers listen on a loopback address alone")
+    return _Tcp(host, port, files)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _cores() -> int:
@@ -102,15 +164,24 @@ def check(file: File = _DEFAULT_FILE) -> None:
 @app.command()
 def render(
     file: File = _DEFAULT_FILE,
+    *,
     run_dir: Annotated[str, typer.Option(help="Where sockets and secret files will be.")] = "/run/extproc",
     ca_bundle: Annotated[str, typer.Option(help="Envoy's file of public CAs.")] = "/etc/ssl/certs/ca-certificates.crt",
     workers: Annotated[int, typer.Option(min=1, help="Sidecar processes that Envoy balances over.")] = 1,
+    sidecar: Annotated[str, typer.Option(help="HOST:PORT of an `extproc serve --listen`, in place of sockets.")] = "",
+    sidecar_ca: Pem = None,
+    sidecar_certificate: Pem = None,
+    sidecar_key: Pem = None,
 ) -> None:
     """Print the Envoy configuration of FILE. It names secret files and holds no secret."""
     from extproc.render.bootstrap import render as render_bootstrap  # noqa: PLC0415
-    from extproc.render.deployment import Deployment  # noqa: PLC0415
+    from extproc.render.deployment import ClientTls, Deployment, RemoteSidecar  # noqa: PLC0415
 
-    deployment = Deployment(PurePosixPath(run_dir), PurePosixPath(ca_bundle), workers)
+    pem = {"--sidecar-ca": sidecar_ca, "--sidecar-certificate": sidecar_certificate, "--sidecar-key": sidecar_key}
+    tcp = _tcp("--sidecar", sidecar, pem)
+    tls = ClientTls(*map(PurePosixPath, tcp.pem)) if tcp and tcp.pem else None
+    remote = tcp and RemoteSidecar(tcp.host, tcp.port, tls)
+    deployment = Deployment(PurePosixPath(run_dir), PurePosixPath(ca_bundle), workers, sidecar=remote)
     typer.echo(render_bootstrap(_load(file, require_secrets=False), deployment), nl=False)
 
 

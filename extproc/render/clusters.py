@@ -10,6 +10,7 @@ from datetime import timedelta
 from functools import cache
 from importlib.resources import files
 from ipaddress import ip_address
+from pathlib import PurePath
 
 from envoy_data_plane.envoy.config.cluster.v3 import (
     CircuitBreakers,
@@ -32,6 +33,7 @@ from envoy_data_plane.envoy.config.core.v3 import (
     HeaderValueOptionHeaderAppendAction,
     Http1ProtocolOptions,
     Http2ProtocolOptions,
+    KeepaliveSettings,
     PathConfigSource,
     Pipe,
     SocketAddress,
@@ -71,6 +73,9 @@ from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import (
     SdsSecretConfig,
     SubjectAltNameMatcher,
     SubjectAltNameMatcherSanType,
+    TlsCertificate,
+    TlsParameters,
+    TlsParametersTlsProtocol,
     UpstreamTlsContext,
 )
 from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
@@ -83,7 +88,7 @@ from envoy_data_plane.google.protobuf import Any
 from extproc.config.snapshot import Endpoint, Provider, Snapshot
 from extproc.decision import ATTEMPTS_NAMESPACE, NAMESPACE
 from extproc.providers.kinds import CREDENTIAL_HEADERS, KINDS
-from extproc.render.deployment import Deployment
+from extproc.render.deployment import ClientTls, Deployment
 
 SIDECAR = "extproc"
 UNDECIDED = "undecided"
@@ -92,6 +97,7 @@ PROVIDER_METADATA = "x-extproc-provider"
 _HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 _LIMIT = 1_000_000
 _CONNECT_TIMEOUT_S = 5.0
+_STREAMS_A_CONNECTION = 8
 _UPSTREAM_IDLE_S = 50.0
 """Below the 60 s after which common servers close an idle connection, so that a request does not meet the closing."""
 _HOP_HEADERS = ("x-forwarded-proto", "x-forwarded-for", "x-request-id", "forwarded", "via", "te", "cookie")
@@ -106,12 +112,17 @@ def clusters(snapshot: Snapshot, deployment: Deployment) -> list[Cluster]:
 
 
 def _sidecar(deployment: Deployment) -> Cluster:
-    endpoints = [_pipe(str(deployment.worker_socket(number)), "") for number in range(deployment.workers)]
-    return Cluster(
+    remote = deployment.sidecar
+    if remote is None:
+        endpoints = [_pipe(str(deployment.worker_socket(number)), "") for number in range(deployment.workers)]
+    else:
+        endpoints = [_socket(remote.host, remote.port, "")]
+    by_name = remote is not None and not _is_address(remote.host)
+    cluster = Cluster(
         name=SIDECAR,
-        type=ClusterDiscoveryType.STATIC,
+        type=ClusterDiscoveryType.STRICT_DNS if by_name else ClusterDiscoveryType.STATIC,
         lb_policy=ClusterLbPolicy.LEAST_REQUEST,
-        connect_timeout=timedelta(seconds=1),
+        connect_timeout=timedelta(seconds=2 if remote else 1),
         circuit_breakers=_unlimited(),
         load_assignment=ClusterLoadAssignment(
             cluster_name=SIDECAR, endpoints=[LocalityLbEndpoints(lb_endpoints=endpoints)]
@@ -120,11 +131,25 @@ def _sidecar(deployment: Deployment) -> Cluster:
             _HTTP_OPTIONS: Any.pack(
                 HttpProtocolOptions(
                     explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(
-                        http2_protocol_options=Http2ProtocolOptions()
+                        http2_protocol_options=_over_tcp() if remote else Http2ProtocolOptions()
                     )
                 )
             )
         },
+    )
+    if by_name:
+        cluster.dns_lookup_family = ClusterDnsLookupFamily.V4_PREFERRED
+    if remote is not None and remote.tls is not None:
+        cluster.transport_socket = _tls(remote.host, remote.tls.ca, own=remote.tls)
+    return cluster
+
+
+def _over_tcp() -> Http2ProtocolOptions:
+    """Workers share one port, and so are told apart by connection alone: few streams on each make many connections.
+    A machine that is gone without a word is noticed within the time that a decision may take."""
+    return Http2ProtocolOptions(
+        max_concurrent_streams=_STREAMS_A_CONNECTION,
+        connection_keepalive=KeepaliveSettings(interval=timedelta(seconds=3), timeout=timedelta(seconds=2)),
     )
 
 
@@ -188,7 +213,7 @@ def _provider(provider: Provider, snapshot: Snapshot, deployment: Deployment, *,
         cluster.dns_lookup_family = ClusterDnsLookupFamily.V4_PREFERRED
         cluster.outlier_detection = _ejection()
     if endpoint is not None and endpoint.scheme == "https":
-        cluster.transport_socket = _tls(endpoint, provider, deployment)
+        cluster.transport_socket = _tls(endpoint.host, provider.ca_file or deployment.ca_bundle)
     return cluster
 
 
@@ -219,25 +244,29 @@ def _socket(host: str, port: int, hostname: str) -> LbEndpoint:
     return LbEndpoint(endpoint=EnvoyEndpoint(hostname=hostname, address=address))
 
 
-def _tls(endpoint: Endpoint, provider: Provider, deployment: Deployment) -> TransportSocket:
-    by_address = _is_address(endpoint.host)
+def _tls(host: str, ca: PurePath, own: ClientTls | None = None) -> TransportSocket:
+    """TLS to `host`, whose certificate is of `ca` and names it; with `own`, HTTP/2 and a certificate of ours."""
+    by_address = _is_address(host)
     san = SubjectAltNameMatcher(
         san_type=SubjectAltNameMatcherSanType.IP_ADDRESS if by_address else SubjectAltNameMatcherSanType.DNS,
-        matcher=StringMatcher(exact=endpoint.host),
+        matcher=StringMatcher(exact=host),
     )
-    bundle = str(provider.ca_file or deployment.ca_bundle)
+    validation = CertificateValidationContext(
+        trusted_ca=DataSource(filename=str(ca)), match_typed_subject_alt_names=[san]
+    )
+    common = CommonTlsContext(validation_context=validation)
+    if own is not None:
+        common.alpn_protocols = ["h2"]
+        common.tls_params = TlsParameters(tls_maximum_protocol_version=TlsParametersTlsProtocol.TLSv1_3)
+        common.tls_certificates = [
+            TlsCertificate(
+                certificate_chain=DataSource(filename=str(own.certificate)),
+                private_key=DataSource(filename=str(own.private_key)),
+            )
+        ]
     return TransportSocket(
         name="envoy.transport_sockets.tls",
-        typed_config=Any.pack(
-            UpstreamTlsContext(
-                sni="" if by_address else endpoint.host,
-                common_tls_context=CommonTlsContext(
-                    validation_context=CertificateValidationContext(
-                        trusted_ca=DataSource(filename=bundle), match_typed_subject_alt_names=[san]
-                    )
-                ),
-            )
-        ),
+        typed_config=Any.pack(UpstreamTlsContext(sni="" if by_address else host, common_tls_context=common)),
     )
 
 

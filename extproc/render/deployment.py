@@ -7,6 +7,24 @@ from pathlib import Path, PurePosixPath
 
 
 @dataclass(frozen=True, slots=True)
+class ClientTls:
+    """PEM files on Envoy's machine: the sidecar's `ca`, and what Envoy shows to the sidecar."""
+
+    ca: PurePosixPath
+    certificate: PurePosixPath
+    private_key: PurePosixPath
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteSidecar:
+    """A sidecar behind TCP (`extproc serve --listen`). `host` must be on its certificate. No `tls`: loopback alone."""
+
+    host: str
+    port: int
+    tls: ClientTls | None
+
+
+@dataclass(frozen=True, slots=True)
 class Deployment:
     """`run_dir` holds sockets and secret files; `workers` is how many sidecar processes Envoy balances over.
 
@@ -18,6 +36,8 @@ class Deployment:
     workers: int = 1
     journal: PurePosixPath | None = None
     """The file that Envoy keeps of finished requests, where there is one."""
+    sidecar: RemoteSidecar | None = None
+    """Where the workers are when they have no sockets in `run_dir`; `workers` then does not matter."""
 
     @property
     def admin_socket(self) -> PurePosixPath:

@@ -311,6 +311,8 @@ class Pool:
 
     def _end(self) -> None:
         for slot in self._slots:
+            if slot.listener is not None:
+                slot.listener.close()  # once the workers have closed theirs, connections are refused and do not wait
             if slot.pid:
                 with suppress(ProcessLookupError):
                     os.kill(slot.pid, signal.SIGTERM)
@@ -340,7 +342,8 @@ def listen_at(path: Path) -> socket.socket:
 def listen_on(host: str, port: int) -> socket.socket:
     """A TCP socket that all workers may share: each accepts from the one queue. Raises OSError."""
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    listener = socket.create_server(address[:2], family=family, backlog=1024)
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    listener = socket.create_server(address[:2], family=family, backlog=1024, dualstack_ipv6=both)
     listener.setblocking(False)  # noqa: FBT003
     return listener
 
