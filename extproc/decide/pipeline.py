@@ -18,11 +18,12 @@ from extproc.decide import headers as headers_policy
 from extproc.decide import listing, routing
 from extproc.decide.identity import identify
 from extproc.decide.reading import Reading, edits_for, read
+from extproc.decide.refusals import MAX_MODEL_NAME, metadata_of, missed, quoted, refuse, unspoken
 from extproc.decision import Decision
 from extproc.dialects import endpoints
 from extproc.dialects.body import splice
-from extproc.dialects.endpoints import Endpoint, Miss, Naming
-from extproc.errors import Code, Dialect, Refusal, error_body, error_headers
+from extproc.dialects.endpoints import Endpoint, Miss
+from extproc.errors import Code, Dialect, Refusal
 from extproc.exchange import RequestHeaders, Respond, Route
 
 
@@ -65,13 +66,13 @@ class Decider:
         key = identify(event.headers, self.snapshot)
         dialect = endpoints.dialect_of(path, speaks_anthropic=headers_policy.speaks_anthropic(event.headers))
         if isinstance(key, Refusal):
-            return _refuse(key, dialect, event.request_id)
+            return refuse(key, dialect, event.request_id)
         endpoint = endpoints.find(event.method, path)
         if isinstance(endpoint, Miss):
-            return _refuse(_missed(endpoint), dialect, event.request_id, key)
+            return refuse(missed(endpoint), dialect, event.request_id, key)
         refusal = headers_policy.refusal(event, endpoint, self.snapshot.listen.max_body_bytes)
         if refusal is not None:
-            return _refuse(refusal, dialect, event.request_id, key, endpoint)
+            return refuse(refusal, dialect, event.request_id, key, endpoint)
         if endpoint is endpoints.MODELS:
             return self._list_models(key, dialect, event, path)
         content_type = event.headers.get("content-type") or ""
@@ -94,15 +95,15 @@ class Decider:
             model, reading.model, admitted.endpoint, self.snapshot, self.draw, health=self.health
         )
         if not attempts:
-            return self._refuse(_unspoken(reading.model, admitted.endpoint), admitted, reading)
+            return self._refuse(unspoken(reading.model, admitted.endpoint), admitted, reading)
         return await self._route(admitted, reading, model, attempts)
 
     def _permitted(self, key: Key, name: str) -> Model | Refusal:
-        model = self.snapshot.model_for(name) if name.isprintable() and len(name) <= _MAX_MODEL_NAME else None
+        model = self.snapshot.model_for(name) if name.isprintable() and len(name) <= MAX_MODEL_NAME else None
         if model is None:
-            return Refusal(Code.MODEL_NOT_FOUND, f"The model {_quoted(name)} does not exist.", "model")
+            return Refusal(Code.MODEL_NOT_FOUND, f"The model {quoted(name)} does not exist.", "model")
         if not key.allows(name):
-            return Refusal(Code.MODEL_NOT_ALLOWED, f"This key may not use the model {_quoted(name)}.", "model")
+            return Refusal(Code.MODEL_NOT_ALLOWED, f"This key may not use the model {quoted(name)}.", "model")
         return model
 
     async def _pass_through(self, admitted: Admitted, reading: Reading) -> Route | Respond:
@@ -162,82 +163,16 @@ class Decider:
         asked = unquote(path.removeprefix("/v1/models").removeprefix("/"))
         body = listing.one(asked, names, dialect) if asked else listing.every(names, dialect)
         if body is None:
-            refusal = Refusal(Code.MODEL_NOT_FOUND, f"The model {_quoted(asked)} does not exist.", "model")
-            return _refuse(refusal, dialect, event.request_id, key, endpoints.MODELS)
-        return Respond(200, body, _metadata(dialect, key, endpoints.MODELS, ""), details="extproc:models")
+            refusal = Refusal(Code.MODEL_NOT_FOUND, f"The model {quoted(asked)} does not exist.", "model")
+            return refuse(refusal, dialect, event.request_id, key, endpoints.MODELS)
+        return Respond(200, body, metadata_of(dialect, key, endpoints.MODELS), details="extproc:models")
 
     def _refuse(self, refusal: Refusal, admitted: Admitted, reading: Reading | None = None) -> Respond:
-        return _refuse(
+        return refuse(
             refusal,
             admitted.endpoint.dialect,
             admitted.request_id,
             admitted.key,
             admitted.endpoint,
-            alias=(reading.model or "")[:_MAX_MODEL_NAME] if reading else "",
+            alias=(reading.model or "")[:MAX_MODEL_NAME] if reading else "",
         )
-
-
-def unavailable(dialect: Dialect, request_id: str) -> Respond:
-    """The answer when deciding itself broke: closed, and telling nothing of why."""
-    return _refuse(
-        Refusal(Code.GATEWAY_UNAVAILABLE, "The gateway could not decide on this request."), dialect, request_id
-    )
-
-
-_MAX_MODEL_NAME = 256
-
-
-def _refuse(
-    refusal: Refusal,
-    dialect: Dialect,
-    request_id: str,
-    key: Key | None = None,
-    endpoint: Endpoint | None = None,
-    *,
-    alias: str = "",
-) -> Respond:
-    return Respond(
-        refusal.status,
-        error_body(refusal, dialect, request_id),
-        _metadata(dialect, key, endpoint, refusal.code.value, alias),
-        error_headers(dialect, request_id),
-        details=f"extproc:{refusal.code.value}",
-    )
-
-
-def _metadata(dialect: Dialect, key: Key | None, endpoint: Endpoint | None, code: str, alias: str = "") -> dict:  # type: ignore[type-arg]
-    principal = key.principal if key else None
-    return Decision(
-        dialect=dialect,
-        endpoint=endpoint.name if endpoint else "",
-        team=principal.team if principal else "",
-        project=(principal.project if principal else "") or "",
-        user=(principal.user if principal else "") or "",
-        agent=(principal.agent if principal else "") or "",
-        key_id=principal.key_id if principal else "",
-        alias=alias,
-        code=code,
-    ).to_metadata()
-
-
-def _missed(miss: Miss) -> Refusal:
-    match miss:
-        case Miss.PATH:
-            return Refusal(Code.UNKNOWN_PATH, "There is no such endpoint here.")
-        case Miss.METHOD:
-            return Refusal(Code.METHOD_NOT_ALLOWED, "This endpoint does not take that method.")
-
-
-def _unspoken(name: str, endpoint: Endpoint) -> Refusal:
-    spoken = "Anthropic's" if endpoint.dialect is Dialect.ANTHROPIC else "OpenAI's"
-    return Refusal(
-        Code.DIALECT_NOT_SUPPORTED, f"No provider of the model {_quoted(name)} speaks {spoken} dialect.", "model"
-    )
-
-
-def _quoted(name: str) -> str:
-    shown = name if len(name) <= 80 else name[:80] + "..."
-    return "'" + "".join(char if char.isprintable() else "?" for char in shown) + "'"
-
-
-__all__ = ["Admitted", "Decider", "InputTokens", "Naming", "TokenMeter", "unavailable"]

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from extproc.adapt.pipeline import adapt
-from extproc.decide.pipeline import Admitted, Decider, unavailable
+from extproc.decide.pipeline import Admitted, Decider
+from extproc.decide.refusals import unavailable
 from extproc.decision import ATTEMPTS_NAMESPACE, NAMESPACE
 from extproc.errors import Dialect
 from extproc.exchange import Proceed, RequestHeaders, Respond, Rewrite, Route

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from extproc.decide.pipeline import unavailable
+from extproc.decide.refusals import unavailable
 from extproc.errors import Code, Dialect
 from extproc.exchange import Respond
 from tests.deciding import ALL, CHAT, NARROW, assert_refusal, outcome
