@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev run model check lint unit test test-model bench bench-peers golden schema protos lock clean
+.PHONY: help install dev run model check lint unit test test-model bench bench-peers soak golden schema protos lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench: dev ## what the gateway costs beside bare Envoy, ten minutes; writes docs
 
 bench-peers: dev ## the same for other gateways, from their packages
 	$(BIN)/python -m tests.bench.peers
+
+soak: dev ## ten minutes of traffic while workers die, hang and reload; every count must agree at the end
+	$(BIN)/python -m tests.soak
 
 golden: dev ## rewrite the golden files and rendered examples; look at the diff before you commit it
 	$(PYTEST) tests/unit/test_render_golden.py --update-golden
