@@ -91,6 +91,8 @@ from extproc.providers.kinds import CREDENTIAL_HEADERS, KINDS
 from extproc.render.deployment import ClientTls, Deployment
 
 SIDECAR = "extproc"
+RECORD = "extproc-record"
+"""The same workers over connections of its own. Beside bodies the access log waits, and Envoy drops what waits."""
 UNDECIDED = "undecided"
 PROVIDER_METADATA = "x-extproc-provider"
 
@@ -105,13 +107,13 @@ _HOP_HEADERS = ("x-forwarded-proto", "x-forwarded-for", "x-request-id", "forward
 
 def clusters(snapshot: Snapshot, deployment: Deployment) -> list[Cluster]:
     """All clusters, in the order of gateway.yaml."""
-    rendered = [_sidecar(deployment), _undecided()]
+    rendered = [_sidecar(deployment, SIDECAR), _sidecar(deployment, RECORD), _undecided()]
     for provider in snapshot.providers.values():
         rendered += (_provider(provider, snapshot, deployment, adapts=adapts) for adapts in (False, True))
     return rendered
 
 
-def _sidecar(deployment: Deployment) -> Cluster:
+def _sidecar(deployment: Deployment, name: str) -> Cluster:
     remote = deployment.sidecar
     if remote is None:
         endpoints = [_pipe(str(deployment.worker_socket(number)), "") for number in range(deployment.workers)]
@@ -119,13 +121,13 @@ def _sidecar(deployment: Deployment) -> Cluster:
         endpoints = [_socket(remote.host, remote.port, "")]
     by_name = remote is not None and not _is_address(remote.host)
     cluster = Cluster(
-        name=SIDECAR,
+        name=name,
         type=ClusterDiscoveryType.STRICT_DNS if by_name else ClusterDiscoveryType.STATIC,
         lb_policy=ClusterLbPolicy.LEAST_REQUEST,
         connect_timeout=timedelta(seconds=2 if remote else 1),
         circuit_breakers=_unlimited(),
         load_assignment=ClusterLoadAssignment(
-            cluster_name=SIDECAR, endpoints=[LocalityLbEndpoints(lb_endpoints=endpoints)]
+            cluster_name=name, endpoints=[LocalityLbEndpoints(lb_endpoints=endpoints)]
         ),
         typed_extension_protocol_options={
             _HTTP_OPTIONS: Any.pack(

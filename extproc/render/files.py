@@ -23,7 +23,7 @@ from envoy_data_plane.google.protobuf import Any
 
 from extproc.config.snapshot import Snapshot
 from extproc.render.bootstrap import admin, as_json, node
-from extproc.render.clusters import SIDECAR, UNDECIDED, clusters
+from extproc.render.clusters import RECORD, SIDECAR, UNDECIDED, clusters
 from extproc.render.deployment import Deployment
 from extproc.render.listener import listener
 from extproc.render.routes import route_configuration
@@ -52,7 +52,7 @@ def envoy_files(snapshot: Snapshot, deployment: Deployment, *, also: Sequence[Sn
     rendered: dict[str, Cluster] = {}
     for each in (*reversed(also), snapshot):
         rendered |= {cluster.name: cluster for cluster in clusters(each, deployment)}
-    fixed = [rendered.pop(name) for name in (SIDECAR, UNDECIDED)]
+    fixed = [rendered.pop(name) for name in (SIDECAR, RECORD, UNDECIDED)]
     bootstrap = Bootstrap(
         node=node(),
         admin=admin(deployment),

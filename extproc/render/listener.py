@@ -20,6 +20,8 @@ from envoy_data_plane.envoy.config.core.v3 import (
     ApiVersion,
     ConfigSource,
     DataSource,
+    GrpcService,
+    GrpcServiceEnvoyGrpc,
     HttpProtocolOptions,
     HttpProtocolOptionsHeadersWithUnderscoresAction,
     SocketAddress,
@@ -57,7 +59,7 @@ from envoy_data_plane.google.protobuf import Any, Struct, Value
 from extproc.config.snapshot import Snapshot
 from extproc.decision import NAMESPACE, ROUTE_NAMESPACE
 from extproc.record.journal import FORMAT
-from extproc.render.clusters import script, sidecar_service
+from extproc.render.clusters import RECORD, script, sidecar_service
 from extproc.render.local_replies import REQUEST_ID, local_replies
 from extproc.render.mended import mended
 from extproc.render.routes import ROUTES, route_configuration
@@ -65,6 +67,7 @@ from extproc.render.usage import usage_filters
 
 _CONNECTION_BUFFER_BYTES = 1 << 20
 _DECIDE_TIMEOUT_S = 5.0
+_RECORD_BUFFER_BYTES = 1 << 20
 _REQUEST_HEADERS_TIMEOUT_S = 30.0
 _UPLOAD_IDLE_S = 300.0
 """Until decide has chosen a route, which has an idle time of its own: how long an upload may stand still."""
@@ -173,8 +176,9 @@ def _record() -> AccessLog:
                 common_config=CommonGrpcAccessLogConfig(
                     log_name="record",
                     transport_api_version=ApiVersion.V3,
-                    grpc_service=sidecar_service(),
+                    grpc_service=GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=RECORD)),
                     buffer_flush_interval=timedelta(seconds=0.1),
+                    buffer_size_bytes=_RECORD_BUFFER_BYTES,
                 ),
                 additional_response_headers_to_log=[REQUEST_ID],  # the only one that a request Envoy refused may have
             )

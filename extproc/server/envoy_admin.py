@@ -18,6 +18,7 @@ from extproc.config.snapshot import Listen
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.05
+_DROPPED = "access_logs.grpc_access_log.logs_dropped"
 _ACTIVE = "http.gateway.downstream_rq_active"
 
 
@@ -64,6 +65,11 @@ class EnvoyAdmin:
                 await asyncio.sleep(_POLL_S)
         except (aiohttp.ClientError, OSError) as error:
             _log.warning("Envoy could not be drained: %s", error)
+
+    async def dropped_records(self) -> int:
+        """Access-log entries that Envoy has not sent, because whoever takes them did not keep up."""
+        text = await self._call("GET", f"/stats?filter=^{_DROPPED}$")
+        return int(text.rpartition(":")[2]) if ":" in text else 0
 
     async def reopen_logs(self) -> None:
         """Write to files by the names they should have: those that were renamed are let go."""

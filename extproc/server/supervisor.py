@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+import aiohttp
+
 from extproc.config.snapshot import Snapshot
 from extproc.render.deployment import Deployment, system_ca_bundle
 from extproc.server.admin import Metrics, serve_admin
@@ -77,7 +79,8 @@ class Supervisor:
         self._pool_answer: asyncio.Future[str] | None = None
         self._asking = asyncio.Lock()
         self._suspect = False
-        """A worker has died since the journal was last put before the ledger."""
+        """A worker has died, or Envoy has dropped records, since the journal was last put before the ledger."""
+        self._dropped = 0
         self._reloader = Reloader(file, first, environ, self._apply)
         self._state: Literal["starting", "serving", "draining"] = "starting"
 
@@ -150,6 +153,7 @@ class Supervisor:
             self._screen.note("ending: open requests may finish")
             await self._envoy_admin.drain(_DRAIN_S)
             await asyncio.sleep(_LAST_RECORDS_S)
+            await self._look_for_dropped()
             if not self._suspect or await self._reconcile([Path(self._journals.file)], _LAST_RECONCILE_TIMEOUT_S):
                 stack.callback(self._journals.close)
 
@@ -214,6 +218,7 @@ class Supervisor:
                 shutil.rmtree(folder, ignore_errors=True)
         while True:
             await asyncio.sleep(_JOURNAL_EVERY_S)
+            await self._look_for_dropped()
             if self._suspect:
                 self._suspect = False
                 self._suspect = not await self._reconcile([Path(self._journals.file)])
@@ -223,6 +228,16 @@ class Supervisor:
                 await asyncio.sleep(_LAST_RECORDS_S)
                 if not self._suspect or await self._reconcile([aside]):
                     aside.unlink()
+
+    async def _look_for_dropped(self) -> None:
+        """Envoy drops records when the workers do not keep up; the journal has them all the same."""
+        try:
+            dropped = await self._envoy_admin.dropped_records()
+        except (aiohttp.ClientError, OSError):
+            return  # it is being started again, or has ended
+        if dropped != self._dropped:
+            self._dropped = dropped
+            self._suspect = True
 
     async def _reconcile(self, files: Iterable[Path], timeout_s: float = _RECONCILE_TIMEOUT_S) -> bool:
         """Have a worker put these journals before the ledger; False where none could."""

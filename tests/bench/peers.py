@@ -123,7 +123,7 @@ def _ferrogw(environment: Path, folder: Path, port: int, upstream: int) -> tuple
 PEERS = (
     Peer("ferrogw", "ferrogw==1.5.10", _from_pypi, _ferrogw),
     Peer("Portkey", "@portkey-ai/gateway@1.15.2", _from_npm, _portkey, 1000, _portkey_headers),
-    # Not 1.107.0: that release was tampered with.
+    # Not 1.107.0, which is reported to be a compromised release.
     Peer("LiteLLM", "litellm[proxy]==1.106.2", _from_pypi, _litellm, _SLOW_REQUESTS),
 )
 
