@@ -60,6 +60,11 @@ class Journals:
         current.rename(aside)
         return aside
 
+    def remove_aside(self) -> None:
+        """What was put aside is in the ledger."""
+        for aside in self._own.glob("journal-*.jsonl"):
+            aside.unlink()
+
     def close(self) -> None:
         """All of it is in the ledger: nothing is left behind."""
         shutil.rmtree(self._own, ignore_errors=True)

@@ -154,7 +154,7 @@ class Supervisor:
             await self._envoy_admin.drain(_DRAIN_S)
             await asyncio.sleep(_LAST_RECORDS_S)
             await self._look_for_dropped()
-            if not self._suspect or await self._reconcile([Path(self._journals.file)], _LAST_RECONCILE_TIMEOUT_S):
+            if not self._suspect or await self._settle(_LAST_RECONCILE_TIMEOUT_S):
                 stack.callback(self._journals.close)
 
     async def _start_all(self) -> None:
@@ -218,16 +218,31 @@ class Supervisor:
                 shutil.rmtree(folder, ignore_errors=True)
         while True:
             await asyncio.sleep(_JOURNAL_EVERY_S)
-            await self._look_for_dropped()
-            if self._suspect:
-                self._suspect = False
-                self._suspect = not await self._reconcile([Path(self._journals.file)])
-            aside = self._journals.put_aside()
-            if aside is not None:
-                await self._envoy_admin.reopen_logs()
-                await asyncio.sleep(_LAST_RECORDS_S)
-                if not self._suspect or await self._reconcile([aside]):
-                    aside.unlink()
+            try:
+                await self._keep_own_journal()
+            except (aiohttp.ClientError, OSError) as error:
+                _log.warning("the journal is looked at again later: %s", error)  # Envoy is being started again, say
+
+    async def _keep_own_journal(self) -> None:
+        await self._look_for_dropped()
+        if self._journals.put_aside() is not None:
+            await self._envoy_admin.reopen_logs()
+            await asyncio.sleep(_LAST_RECORDS_S)
+        if not self._suspect or await self._settle(_RECONCILE_TIMEOUT_S):
+            self._journals.remove_aside()
+
+    async def _settle(self, timeout_s: float) -> bool:
+        """Put all that this run has written before the ledger.
+
+        What dies meanwhile makes it suspect again, and so does an end in the middle: nothing unsettled is removed.
+        """
+        self._suspect = False
+        settled = False
+        try:
+            settled = await self._reconcile(files_in(Path(self._journals.file).parent), timeout_s)
+        finally:
+            self._suspect = self._suspect or not settled
+        return not self._suspect
 
     async def _look_for_dropped(self) -> None:
         """Envoy drops records when the workers do not keep up; the journal has them all the same."""

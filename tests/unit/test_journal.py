@@ -136,3 +136,6 @@ def test_a_journal_that_has_grown_too_large_is_put_aside(tmp_path: Path) -> None
     assert aside is not None
     assert not current.exists()
     assert files_in(current.parent) == [aside]
+    current.write_bytes(line())
+    journals.remove_aside()
+    assert files_in(current.parent) == [current]
